@@ -1,0 +1,216 @@
+"""Models as MONAI bundles: a network definition, weights, preprocessing and what the model is for.
+
+A configuration can run any code when it is read (``$`` expressions, ``_target_`` of any callable). Here only what the
+network, its preprocessing and its inferer refer to is read at all, and only MONAI's and our own networks and transforms
+are built without the person's trust.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.bundle.config_item import ComponentLocator
+from monai.data import MetaTensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from MedXAILib.errors import MedXAIError, Untrusted
+from MedXAILib.model import Model
+
+_SAFE = ("monai.networks.", "monai.transforms.", "monai.inferers.", "torch.nn.modules.", "MedXAILib.networks.")
+_UNSAFE = ("monai.transforms.io.",)
+
+_NETWORK = ("network_def", "network")
+_LOADING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "SaveImage", "ToDevice", "AddChannel")
+_WEIGHTS = ("model.safetensors", "model.pt", "model.pth")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A bundle's transforms of its image, as one function of a MetaTensor (C, X, Y, Z)."""
+
+    transforms: tuple[Any, ...]
+    key: str
+
+    def __call__(self, image: MetaTensor) -> Tensor:
+        data: dict[str, Any] = {self.key: image}
+        for transform in self.transforms:
+            data = transform(data)
+        return data[self.key]
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a MONAI bundle, as a folder or zipped."""
+    if path.is_dir():
+        return (path / "configs" / "metadata.json").is_file()
+    return zipfile.is_zipfile(path) and _root_in(path) is not None
+
+
+def load_bundle(path: Path, trust: bool, known: dict[str, Any]) -> Model:
+    """The model of a bundle (see `MedXAILib.load_model`)."""
+    if path.is_dir():
+        return _load(path, str(path), trust, known)
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
+        # extractall keeps every member inside the folder, whatever its name says.
+        archive.extractall(folder)
+        return _load(Path(folder) / (_root_in(path) or ""), str(path), trust, known)
+
+
+def _root_in(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("configs/metadata.json"):
+                return name.removesuffix("configs/metadata.json")
+    return None
+
+
+def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Model:
+    metadata = _json(folder / "configs" / "metadata.json")
+    config = _config(folder)
+    definition = next((key for key in _NETWORK if key in config), None)
+    if definition is None:
+        raise MedXAIError(f"'{source}' defines no network: its inference configuration needs a 'network_def'.")
+    parser = ConfigParser({**config, "bundle_root": str(folder)})
+    items = [{"network": config[definition]}, *_transforms(parser)]
+    if not trust:
+        code = "\n".join(dict.fromkeys(_code(parser, items)))
+        if code:
+            raise Untrusted(
+                f"'{source}' would run code of its own ({len(code.splitlines())} line(s)): read it, and pass "
+                "trust=True only if you trust its maker.",
+                code,
+            )
+    try:
+        network = parser.get_parsed_content(definition)
+        transforms = tuple(parser.get_parsed_content(f"_preprocessing::{i}") for i in range(len(items) - 1))
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise MedXAIError(f"The configuration of '{source}' cannot be built: {reason}") from error
+    if not isinstance(network, nn.Module):
+        raise MedXAIError(f"The '{definition}' of '{source}' is {type(network).__name__}, not a network.")
+    _load_weights(network, folder / "models", source)
+    image, channels, spatial = _input(metadata)
+    return Model(
+        network,
+        **{
+            "name": metadata.get("name") or Path(source).stem,
+            "source": source,
+            "preprocessing": Preprocessing(transforms, image) if transforms else None,
+            "channels": channels,
+            "patch_size": spatial,
+            "layers": tuple(metadata.get("medxai", {}).get("layers", ())),
+            **_output(metadata),
+            **known,
+        },
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise MedXAIError(f"'{path.name}' of the bundle cannot be read ({error}): get the bundle again.") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    for name in ("inference.json", "inference.yaml", "inference.yml"):
+        path = folder / "configs" / name
+        if path.is_file():
+            return dict(ConfigParser.load_config_file(str(path)))
+    raise MedXAIError(f"'{folder}' has no configs/inference.json: export the bundle with one.")
+
+
+def _transforms(parser: ConfigParser) -> list[Any]:
+    """The configurations of the preprocessing transforms that still have something to do on a volume in memory."""
+    config = parser.get("preprocessing")
+    chain = config.get("transforms", []) if isinstance(config, dict) else []
+    chain = parser.get(chain[1:]) if isinstance(chain, str) and chain.startswith("@") else chain
+    kept = [t for t in chain if not str(t.get("_target_", "")).rpartition(".")[2].startswith(_LOADING)]
+    parser["_preprocessing"] = kept
+    return kept
+
+
+def _code(parser: ConfigParser, items: Any, seen: set[str] | None = None) -> Iterator[str]:
+    """Everything that building `items`, and what they refer to, would run beyond what is known to be harmless."""
+    seen = set() if seen is None else seen
+    if isinstance(items, dict):
+        target = items.get("_target_")
+        if target is not None and not _harmless(str(target)):
+            yield f"_target_: {target}"
+        for value in items.values():
+            yield from _code(parser, value, seen)
+    elif isinstance(items, (list, tuple)):
+        for value in items:
+            yield from _code(parser, value, seen)
+    elif isinstance(items, str):
+        if items.startswith(("$", "%")):
+            yield items
+        for name in re.findall(r"@([\w#:]+)", items):
+            if name not in seen:
+                seen.add(name)
+                yield from _code(parser, parser.get(name), seen)
+
+
+def _harmless(target: str) -> bool:
+    found = [target] if "." in target else ComponentLocator(excludes=["apps"]).get_component_module_name(target)
+    found = [found] if isinstance(found, str) else found
+    names = [name if name.endswith(f".{target}") or "." in target else f"{name}.{target}" for name in found or []]
+    return bool(names) and all(_public(n) and n.startswith(_SAFE) and not n.startswith(_UNSAFE) for n in names)
+
+
+def _public(name: str) -> bool:
+    """Whether a dotted name is a class reached through modules alone, so that it is built and nothing more."""
+    module, _, attribute = name.rpartition(".")
+    return attribute[:1].isupper() and not any(part[:1].isupper() for part in module.split("."))
+
+
+def _load_weights(network: nn.Module, folder: Path, source: str) -> None:
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise MedXAIError(f"'{source}' holds no weights ({', '.join(_WEIGHTS)}): get the whole bundle.")
+    try:
+        # weights_only reads tensors and refuses every other object.
+        if path.suffix == ".safetensors":
+            state: dict[str, Any] = dict(load_file(path))
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
+        network.load_state_dict(state["model"] if isinstance(state.get("model"), dict) else state)
+    except pickle.UnpicklingError as error:
+        raise MedXAIError(
+            f"'{path.name}' of '{source}' holds more than weights, which could run anything when opened, so it is not: "
+            "save its state_dict as safetensors."
+        ) from error
+    except (RuntimeError, SafetensorError, OSError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MedXAIError(f"'{path.name}' of '{source}' does not fit the network or is damaged: {reason}") from error
+
+
+def _input(metadata: dict[str, Any]) -> tuple[str, int | None, tuple[int, ...] | None]:
+    """The name, channels and patch size of the image the network takes."""
+    inputs = metadata.get("network_data_format", {}).get("inputs", {})
+    name = next(iter(inputs), "image")
+    spec = inputs.get(name, {})
+    shape = spec.get("spatial_shape")
+    fixed = shape is not None and all(isinstance(s, int) for s in shape)
+    return name, spec.get("num_channels"), tuple(shape) if fixed else None
+
+
+def _output(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The task and class names, from the output's format and channel definition."""
+    outputs = metadata.get("network_data_format", {}).get("outputs", {})
+    spec = outputs.get(next(iter(outputs), ""), {})
+    said = f"{spec.get('format', '')} {spec.get('type', '')} {metadata.get('task', '')}".lower()
+    task = "segmentation" if "segment" in said else "regression" if "regress" in said else "classification"
+    channels = spec.get("channel_def", {})
+    return {"task": task, "class_names": tuple(channels[key] for key in sorted(channels, key=int))}

@@ -1,0 +1,233 @@
+"""From a request to an explanation."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any, overload
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+
+from MedXAILib import registry
+from MedXAILib.ensemble import Ensemble, combine
+from MedXAILib.errors import MedXAIError
+from MedXAILib.explainer import Attribution, Explainer, Question
+from MedXAILib.explanation import Provenance, SaliencyMap
+from MedXAILib.grid import resample
+from MedXAILib.model import Model
+from MedXAILib.region import Region
+from MedXAILib.run import Run
+from MedXAILib.target import Bound, Target, as_target, from_spec
+from MedXAILib.volume import Volume
+
+Scan = Volume | Tensor | sitk.Image
+Wanted = Target | str | int | None
+
+
+@overload
+def explain(
+    model: Model | Ensemble,
+    volume: Scan,
+    method: str = ...,
+    target: Wanted = ...,
+    region: Region | None = ...,
+    run: Run | None = ...,
+    **parameters: Any,
+) -> SaliencyMap: ...
+
+
+@overload
+def explain(
+    model: Model | Ensemble,
+    volume: Scan,
+    method: str = ...,
+    *,
+    target: Sequence[Wanted],
+    region: Region | None = ...,
+    run: Run | None = ...,
+    **parameters: Any,
+) -> list[SaliencyMap]: ...
+
+
+def explain(
+    model: Model | Ensemble,
+    volume: Scan,
+    method: str = "gradcam",
+    target: Wanted | Sequence[Wanted] = None,
+    region: Region | None = None,
+    run: Run | None = None,
+    **parameters: Any,
+) -> SaliencyMap | list[SaliencyMap]:
+    """Explain why `model` says what it says about `volume`.
+
+    Args:
+        model: the network, or an ensemble of several.
+        volume: a `Volume`, a SimpleITK image, or a tensor (C, D, H, W) or (N, C, D, H, W). It is not modified.
+        method: one of `methods()`; `parameters` are its own.
+        target: what to explain: a target, a class name or index, or None for what the model predicts. A list gives a
+            list of explanations, computed together.
+        region: the part a patch network looks at: a centre or a box in RAS mm.
+        run: device, seed, memory budget, progress and cancel.
+
+    Returns:
+        A map on the volume's own grid, zero outside the region.
+
+    Raises:
+        MedXAIError: when it cannot be done, saying what would work.
+    """
+    explainer = registry.make(method, parameters)
+    several = isinstance(target, (list, tuple))
+    wanted: Sequence[Wanted] = target if several else [target]  # type: ignore[assignment, list-item]
+    if isinstance(model, Ensemble):
+        members = [_explain(m, explainer, volume, wanted, region, _fresh(run)) for m in model.models]
+        maps = [combine(model, of_target) for of_target in zip(*members, strict=True)]
+    else:
+        maps = _explain(model, explainer, volume, wanted, region, _fresh(run))
+    return maps if several else maps[0]
+
+
+def recompute(explanation: SaliencyMap, model: Model, volume: Scan, run: Run | None = None) -> SaliencyMap:
+    """Compute an explanation again from its provenance.
+
+    Raises:
+        MedXAIError: when `model` or `volume` is not the one that was explained.
+    """
+    made = explanation.provenance
+    for name, known, given in (
+        ("network", made.model.get("fingerprint"), model.fingerprint),
+        ("volume", made.volume["fingerprint"], _Batch.of(volume, model).fingerprint),
+    ):
+        if known != given:
+            raise MedXAIError(f"This is not the {name} that was explained ({known} then, {given} now): give that one.")
+    run = replace(run if run is not None else Run(device=made.device), seed=made.seed)
+    return explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The volumes of a request, and whether it came as a batch."""
+
+    volumes: list[Volume]
+    batched: bool
+
+    @classmethod
+    def of(cls, volume: Scan, model: Model) -> _Batch:
+        if isinstance(volume, Volume):
+            return cls([volume], False)
+        if isinstance(volume, sitk.Image):
+            return cls([Volume.from_sitk(volume)], False)
+        rank = model.spatial_dims or 3
+        if not isinstance(volume, Tensor) or volume.ndim not in (rank + 1, rank + 2) or not volume.numel():
+            shape = tuple(volume.shape) if hasattr(volume, "shape") else type(volume).__name__
+            axes = "C, D, H, W" if rank == 3 else "C, H, W"
+            raise MedXAIError(f"A volume is a Volume, an image, or a tensor ({axes}) or (N, {axes}), not {shape}.")
+        batched = volume.ndim == rank + 2
+        return cls([Volume(v, np.eye(rank + 1)) for v in (volume if batched else volume[None])], batched)
+
+    @property
+    def fingerprint(self) -> str:
+        return " ".join(v.fingerprint for v in self.volumes)
+
+
+def _explain(
+    model: Model, explainer: Explainer, volume: Scan, wanted: Sequence[Wanted], region: Region | None, run: Run
+) -> list[SaliencyMap]:
+    batch = _Batch.of(volume, model)
+    targets = [as_target(t, model) for t in wanted]
+    with model.ready(run.device) as device, run.measured(device):
+        seen = [model.prepare(v, region) for v in batch.volumes]
+        answers: list[tuple[list[Bound], list[Attribution]]] = []
+
+        def answer(start: int, stop: int) -> None:
+            x = torch.stack([p.x for p in seen[start:stop]]).to(device)
+            question = Question(model, x, seen[start:stop], targets, run)
+            attributions = explainer.attribute(question)
+            answers.append((question.bound, attributions))
+
+        run.chunks(len(seen), size=len(seen)).map(answer, explainer.title)
+        maps = []
+        for i in range(len(targets)):
+            values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
+            placed = [
+                resample(m, p.affine, v.shape, v.affine) for m, p, v in zip(values, seen, batch.volumes, strict=True)
+            ]
+            maps.append(torch.stack(placed) if batch.batched else placed[0])
+    made = _common(model, explainer, batch, region, run, device)
+    return [
+        SaliencyMap(
+            provenance=Provenance(**made, **_of_target([bound[i] for bound, _ in answers])),
+            residual=_worst([attributions[i].residual for _, attributions in answers]),
+            data=data,
+            affine=batch.volumes[0].affine,
+            signed=explainer.signed,
+            batched=batch.batched,
+        )
+        for i, data in enumerate(maps)
+    ]
+
+
+def _fresh(run: Run | None) -> Run:
+    """The same settings with nothing tallied yet, so that one `Run` may serve many requests."""
+    return replace(run) if run is not None else Run()
+
+
+def _of_target(bound: list[Bound]) -> dict[str, Any]:
+    """One target over the chunks of a batch."""
+    specs = [b.target.spec() for b in bound]
+    which = [w for s in specs for w in (s["which"] if isinstance(s.get("which"), tuple) else [s.get("which")])]
+    target = specs[0] if all(s == specs[0] for s in specs) else {**specs[0], "which": which}
+    return {"target": target, "target_label": ", ".join(dict.fromkeys(b.label for b in bound))}
+
+
+def _worst(residuals: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(r[name] for r in residuals) for name in residuals[0]}
+
+
+def _common(
+    model: Model, explainer: Explainer, batch: _Batch, region: Region | None, run: Run, device: torch.device
+) -> dict[str, Any]:
+    return {
+        "method": explainer.id,
+        "parameters": explainer.model_dump(mode="json"),
+        "region": None if region is None else np.asarray(region, dtype=float).tolist(),
+        "model": {
+            "name": model.name,
+            "task": model.task,
+            "source": model.source,
+            "fingerprint": model.fingerprint,
+        },
+        "volume": {
+            "source": batch.volumes[0].source,
+            "fingerprint": batch.fingerprint,
+            "shape": list(batch.volumes[0].data.shape),
+        },
+        "versions": {
+            "medxai": version("medxai"),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "monai", "numpy", "SimpleITK")},
+        },
+        "seed": run.seed,
+        "device": str(device),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": run.cost.seconds,
+        "peak_memory": run.cost.peak_memory,
+        "forwards": run.cost.forwards,
+        "backwards": run.cost.backwards,
+        "notes": list(run.notes),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of `package`; a Slicer extension carries MedXAI without installing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        from MedXAILib import __version__
+
+        return __version__

@@ -1,0 +1,107 @@
+"""What every technique is: its parameters, its place in the survey's taxonomy, and how it answers a question."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from MedXAILib.errors import MedXAIError
+from MedXAILib.model import Model, Prepared
+from MedXAILib.run import Run
+from MedXAILib.target import Bound, Target, read_layers
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """Where van der Velden et al. 2022 place a technique, and what to expect of it."""
+
+    section: str
+    """The survey's section."""
+    family: Literal["visual", "textual", "example-based"]
+    built: Literal["post hoc", "model-based"]
+    applies: Literal["model-specific", "model-agnostic"]
+    scope: tuple[Literal["local", "global"], ...]
+    strengths: str
+    limits: str
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A map on the network's input grid: `values` (N, C or 1, *spatial), and what theory says it should sum to,
+    missed by `residual` (relative, the worst sample's)."""
+
+    values: Tensor
+    residual: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Question:
+    """What an explainer is asked: why `model` gives the `targets` for the samples `seen`, stacked as `x`.
+
+    `x` is (N, C, *spatial) on the network's device. The network is in evaluation mode with frozen parameters.
+    """
+
+    model: Model
+    x: Tensor
+    seen: Sequence[Prepared]
+    targets: Sequence[Target]
+    run: Run = field(default_factory=Run)
+    bound: list[Bound] = field(default_factory=list)
+    fitting: int = 0
+    """How many versions of the samples fit in memory at once, when that has been measured."""
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Each target's value (M,) for `x` (M, C, *spatial), from one forward. M is N or repeats of the N samples."""
+        if not self.bound and not (x.shape == self.x.shape and torch.equal(x, self.x)):
+            # What is predicted, and where, is a matter of the sample itself and not of a changed one.
+            with torch.no_grad():
+                self.values(self.x)
+        read = read_layers(self.model, x, [target.layer for target in self.targets])
+        self.run.cost.forwards += len(x)
+        if not self.bound:
+            self.bound = [t.bind(self.model, read[t.layer], self.seen) for t in self.targets]
+        return [bound.value(read[bound.target.layer]) for bound in self.bound]
+
+    def gradients(self, value: Tensor, inputs: Sequence[Tensor], keep: bool = False) -> tuple[Tensor, ...]:
+        """The gradient of the summed `value` (M,) with respect to each of `inputs`; `keep` the graph for another.
+
+        Raises:
+            MedXAIError: when the network's output does not depend differentiably on them.
+        """
+        if not value.requires_grad:
+            raise MedXAIError(
+                f"{self.model.name} is not differentiable (its output carries no gradient: a detach, an argmax or "
+                "no_grad inside): use a perturbation method, or wrap the network so that it returns scores."
+            )
+        self.run.cost.backwards += len(value)
+        found = torch.autograd.grad(value.sum(), list(inputs), retain_graph=keep, allow_unused=True)
+        return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
+
+
+class Explainer(BaseModel, ABC):
+    """A technique. Its fields are its parameters: validated, with defaults and help, from which the panel, the command
+    line and the documentation build themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    taxonomy: ClassVar[Taxonomy]
+    layered: ClassVar[bool] = False
+    """Whether it looks inside the network, at a layer."""
+
+    @property
+    def signed(self) -> bool:
+        """Whether its map speaks for (positive) and against (negative)."""
+        return True
+
+    @abstractmethod
+    def attribute(self, question: Question) -> list[Attribution]:
+        """Answer `question`: one attribution for each of its targets."""

@@ -1,0 +1,60 @@
+"""Every technique there is. A new one is a file of its own and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.explainer import Explainer
+from MedXAILib.visual.cam import CAM
+from MedXAILib.visual.gradcam import GradCAM
+from MedXAILib.visual.gradcam_plus_plus import GradCAMPlusPlus
+from MedXAILib.visual.gradient import Gradient, SmoothGrad, VarGrad
+from MedXAILib.visual.hirescam import HiResCAM
+from MedXAILib.visual.integrated_gradients import IntegratedGradients
+from MedXAILib.visual.layercam import LayerCAM
+from MedXAILib.visual.scorecam import ScoreCAM
+
+EXPLAINERS: dict[str, type[Explainer]] = {
+    kind.id: kind
+    for kind in (
+        Gradient,
+        SmoothGrad,
+        VarGrad,
+        IntegratedGradients,
+        CAM,
+        GradCAM,
+        GradCAMPlusPlus,
+        HiResCAM,
+        LayerCAM,
+        ScoreCAM,
+    )
+}
+
+
+def methods() -> dict[str, type[Explainer]]:
+    """Every method by its id: parameters are `model_fields`, and `taxonomy`, `paper` and `title` say what it is."""
+    return dict(EXPLAINERS)
+
+
+def make(method: str, parameters: Mapping[str, Any]) -> Explainer:
+    """The explainer called `method` with `parameters`.
+
+    Raises:
+        MedXAIError: for an unknown method or parameter, naming the nearest, or a value out of range.
+    """
+    if method not in EXPLAINERS:
+        raise unknown("method", method, EXPLAINERS)
+    kind = EXPLAINERS[method]
+    for name in parameters:
+        if name not in kind.model_fields:
+            raise unknown(f"parameter of {method}", name, kind.model_fields)
+    try:
+        return kind(**parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "parameters"
+        raise MedXAIError(f"{method}: {name} = {first['input']!r} is not possible: {first['msg']}.") from error

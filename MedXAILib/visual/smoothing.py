@@ -1,0 +1,80 @@
+"""SmoothGrad, VarGrad and SquareGrad as options of every gradient method.
+
+Smilkov et al., "SmoothGrad: removing noise by adding noise", 2017; Adebayo et al., "Local explanation methods for deep
+neural networks lack sensitivity to parameter values", 2018 (VarGrad); Hooker et al., 2019 (SquareGrad).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from MedXAILib.engines.input_gradients import fitting
+from MedXAILib.explainer import Attribution, Explainer, Question
+
+
+class Smoothable(Explainer):
+    """An explainer whose map can be averaged over noisy copies of the scan, streamed so that none is kept."""
+
+    samples: int = Field(
+        1, ge=1, le=1000, description="noisy copies to average over; 1 is the scan itself, without noise"
+    )
+    noise: float = Field(
+        0.1, ge=0, le=1, description="noise of the copies, as a fraction of the scan's range of values"
+    )
+    statistic: Literal["mean", "variance", "squared"] = Field(
+        "mean", description="over the copies: mean (SmoothGrad), variance (VarGrad) or mean square (SquareGrad)"
+    )
+    per_channel: bool = Field(False, description="one map for each input channel, such as each MR sequence")
+
+    @property
+    def signed(self) -> bool:
+        return self.samples == 1 or self.statistic == "mean"
+
+    @abstractmethod
+    def maps(self, question: Question, x: Tensor) -> list[Attribution]:
+        """Each target's attribution for `x` (M, C, *spatial), M being N or repeats of the N samples."""
+
+    def finish(self, question: Question, values: Tensor) -> Tensor:
+        """From the statistic over the copies (N, C, *spatial) to the map."""
+        return values if self.per_channel else values.sum(1, keepdim=True)
+
+    def attribute(self, question: Question) -> list[Attribution]:
+        found = self.maps(question, question.x) if self.samples == 1 else self._over_copies(question)
+        return [Attribution(self.finish(question, a.values), a.residual) for a in found]
+
+    def _over_copies(self, question: Question) -> list[Attribution]:
+        x = question.x
+        n, spread = len(x), (x.flatten(1).amax(1) - x.flatten(1).amin(1)).reshape(-1, *[1] * (x.ndim - 1))
+        zeros = [torch.zeros_like(x) for _ in question.targets]
+        mean, squares, residual, seen = zeros, [z.clone() for z in zeros], [{} for _ in zeros], 0  # type: ignore[var-annotated]
+
+        def copy(i: int) -> Tensor:
+            # One draw serves every sample of a batch, so that a sample's map does not depend on its place there.
+            field = torch.randn(x.shape[1:], generator=question.run.generator(i)).to(x)
+            return x + self.noise * spread * field
+
+        def work(start: int, stop: int) -> None:
+            nonlocal seen
+            found = self.maps(question, torch.cat([copy(i) for i in range(start, stop)]))
+            for k in range(stop - start):
+                seen += 1
+                for t, attribution in enumerate(found):
+                    value = attribution.values[k * n : (k + 1) * n]
+                    delta = value - mean[t]
+                    mean[t] += delta / seen
+                    squares[t] += delta * (value - mean[t])
+            for t, attribution in enumerate(found):
+                residual[t] = {k: max(v, residual[t].get(k, 0.0)) for k, v in attribution.residual.items()}
+
+        question.run.chunks(self.samples, fitting(question)).map(work, f"{self.title}: noisy copies")
+        if self.statistic == "mean":
+            return [Attribution(m, r) for m, r in zip(mean, residual, strict=True)]
+        variance = [s / seen for s in squares]
+        if self.statistic == "variance":
+            return [Attribution(v) for v in variance]
+        return [Attribution(m**2 + v) for m, v in zip(mean, variance, strict=True)]
