@@ -172,7 +172,7 @@ def _harmless(target: str) -> bool:
 def _public(name: str) -> bool:
     """Whether a dotted name is a class reached through modules alone, so that it is built and nothing more."""
     module, _, attribute = name.rpartition(".")
-    return attribute[:1].isupper() and not any(part[:1].isupper() for part in module.split("."))
+    return attribute[:1].isupper() and not any(part[:1].isupper() for part in module.split(".")[1:])
 
 
 def _load_weights(network: nn.Module, folder: Path, source: str) -> None:

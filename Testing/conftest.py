@@ -12,6 +12,9 @@ from torch import nn
 
 import MedXAILib as mx
 
+# Small networks lose more to handing work between threads than they gain.
+torch.set_num_threads(1)
+
 SIZE = (24, 24, 16)
 
 

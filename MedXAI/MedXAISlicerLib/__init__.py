@@ -1,0 +1,1 @@
+"""What the MedXAI module of 3D Slicer is made of."""
