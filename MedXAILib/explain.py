@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 import SimpleITK as sitk
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from MedXAILib import registry
 from MedXAILib.ensemble import Ensemble, combine
@@ -81,6 +81,8 @@ def explain(
     Raises:
         MedXAIError: when it cannot be done, saying what would work.
     """
+    if isinstance(model, nn.Module):
+        raise MedXAIError("Say what the network is for first: Model(network, task=..., class_names=...).")
     explainer = registry.make(method, parameters)
     several = isinstance(target, (list, tuple))
     wanted: Sequence[Wanted] = target if several else [target]  # type: ignore[assignment, list-item]
@@ -145,7 +147,7 @@ def _explain(
         answers: list[tuple[list[Bound], list[Attribution]]] = []
 
         def answer(start: int, stop: int) -> None:
-            x = torch.stack([p.x for p in seen[start:stop]]).to(device)
+            x = torch.stack([p.x for p in seen[start:stop]]).to(device, model.dtype)
             question = Question(model, x, seen[start:stop], targets, run)
             attributions = explainer.attribute(question)
             answers.append((question.bound, attributions))
@@ -154,6 +156,11 @@ def _explain(
         maps = []
         for i in range(len(targets)):
             values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
+            if not torch.isfinite(values).all():
+                raise MedXAIError(
+                    f"{explainer.title} of {model.name} is not finite: the network overflows on this input; check that "
+                    "it is preprocessed as in training."
+                )
             placed = [
                 resample(m, p.affine, v.shape, v.affine) for m, p, v in zip(values, seen, batch.volumes, strict=True)
             ]

@@ -80,6 +80,8 @@ class Model:
     _hashed: tuple[Any, str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.network, nn.Module):
+            raise MedXAIError(f"A network is a torch.nn.Module, not {type(self.network).__name__}: wrap it in one.")
         if self.task not in get_args(Task):
             raise unknown("task", self.task, get_args(Task))
         first = next((m for m in self.network.modules() if type(m) in _CONVOLUTIONS), None)
@@ -99,6 +101,11 @@ class Model:
     def device(self) -> torch.device:
         """Where the network's parameters are."""
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the network's parameters, which its input has to have."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def fingerprint(self) -> str:
@@ -179,7 +186,7 @@ class Model:
     def ready(self, device: str | torch.device | None = None) -> Iterator[torch.device]:
         """The network in evaluation mode, parameters frozen, on `device`; all as it was before afterwards."""
         home = self.device
-        there = torch.device(device) if device is not None else home
+        there = _available(device) if device is not None else home
         training = {module: module.training for module in self.network.modules()}
         learning = {parameter: parameter.requires_grad for parameter in self.network.parameters()}
         try:
@@ -241,7 +248,7 @@ class Model:
         """What the network says about `volume` (see `prepare` for `region`)."""
         with self.ready() as device, torch.no_grad():
             prepared = self.prepare(volume, region)
-            output = self.forward(prepared.x[None].to(device)).cpu()
+            output = self.forward(prepared.x[None].to(device, self.dtype)).float().cpu()
         if self.task == "segmentation":
             labels = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
             on_grid = resample(labels.float(), prepared.affine, volume.shape, volume.affine, nearest=True)
@@ -258,3 +265,12 @@ class Model:
         if output.shape[1] == 1:
             return torch.cat([(-output).sigmoid(), output.sigmoid()], dim=1)
         return output.softmax(1)
+
+
+def _available(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise MedXAIError(
+            f"There is no device '{device}' on this machine: use 'cpu', or leave the device out."
+        ) from error

@@ -111,6 +111,7 @@ class Chunks:
     def map(self, work: Callable[[int, int], object], message: str) -> None:
         """Call `work(start, stop)` over the whole range. `work` must leave no trace of a call that raised."""
         done = 0
+        self.run.step(done, self.total, message)
         while done < self.total:
             stop = min(done + self.size, self.total)
             try:

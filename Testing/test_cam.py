@@ -232,3 +232,17 @@ def test_scorecam_clusters_cost_their_number_and_stay_near_the_full_map() -> Non
     assert full.provenance.forwards == 2 + 8 and few.provenance.forwards == 2 + 4
     both = torch.stack([full.data.flatten(), few.data.flatten()])
     assert float(torch.corrcoef(both)[0, 1]) > 0.8
+
+
+def test_window_attention_gives_its_channels_last() -> None:
+    model = make_model("swinunetr")
+    x = scan(1, 64, 32, 32)
+    made = mx.explain(model, x, "layercam", target=1, layers=("swinViT.layers2.0.blocks.0", "swinViT.layers2.0"))
+    assert made.data.shape == x.shape and made.data.max() > 0
+
+
+def test_layer_is_found_in_swin_unetr() -> None:
+    model = make_model("swinunetr")
+    model.layers = ()
+    mx.explain(model, scan(1, 64, 32, 32), "hirescam", target=1)
+    assert list(model._suggested.values()) == ["decoder2"]

@@ -135,3 +135,39 @@ def test_another_network_or_volume_is_not_recomputed() -> None:
         mx.recompute(made, make_model("densenet121"), x)
     with pytest.raises(mx.MedXAIError, match="not the volume that was explained"):
         mx.recompute(made, make_model("resnet18"), x + 1)
+
+
+def test_what_is_no_model() -> None:
+    model, x = make_model("resnet18"), scan(1, 24, 24, 16)
+    with pytest.raises(mx.MedXAIError, match=r"Say what the network is for first: Model\(network"):
+        mx.explain(model.network, x, "gradient")  # type: ignore[call-overload]
+    with pytest.raises(mx.MedXAIError, match=r"a torch.nn.Module, not function"):
+        mx.Model(scan)  # type: ignore[arg-type]
+    with pytest.raises(mx.MedXAIError, match=r"no device 'cuda:99' on this machine"):
+        mx.explain(model, x, "gradient", run=mx.Run(device="cuda:99"))
+
+
+def test_networks_in_another_precision() -> None:
+    model, x = make_model("resnet18"), scan(1, 24, 24, 16)
+    single = mx.explain(model, x, "gradient", target=1)
+    model.network.double()
+    made = mx.explain(model, x, "gradient", target=1)
+    assert made.data.dtype == torch.float32
+    torch.testing.assert_close(made.data, single.data, rtol=1e-3, atol=1e-5)
+    assert model.predict(mx.Volume(x, torch.eye(4).numpy())).output.dtype == torch.float32
+
+
+class Overflowing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.sum((1, 2, 3, 4)).exp().exp().exp()[:, None]).repeat(1, 2)
+
+
+def test_maps_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(mx.MedXAIError, match="is not finite: the network overflows"):
+        mx.explain(mx.Model(Overflowing()), scan(1, 8, 8, 8).abs(), "gradient", target=0)
+
+
+def test_layers_may_be_one_string() -> None:
+    model, x = make_model("resnet18"), scan(1, 24, 24, 16)
+    made = mx.explain(model, x, "hirescam", target=1, layers="layer3, layer4")
+    assert made.provenance.parameters["layers"] == ["layer3", "layer4"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from MedXAILib.engines.receptive_field import Following, Geometry, geometry_of
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
+
+Hook = Callable[[nn.Module, Any, Any], Any]
 
 # A layer is worth a map when at least this part of its units can change the target.
 _REACHED = 0.05
@@ -74,7 +77,7 @@ def capture(question: Question, layers: Sequence[str]) -> tuple[list[Tensor], di
     size = tuple(question.x.shape[2:])
     taken: dict[str, Captured] = {}
 
-    def take(name: str) -> object:
+    def take(name: str) -> Hook:
         def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor:
             if not isinstance(output, Tensor):
                 raise MedXAIError(
@@ -123,7 +126,7 @@ def _find_layer(question: Question) -> str:
         model.layer("")
     order: dict[str, None] = {}
 
-    def finished(name: str) -> object:
+    def finished(name: str) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             order.pop(name, None)
             if not isinstance(output, Tensor) or len(output) != len(question.x):
@@ -135,7 +138,7 @@ def _find_layer(question: Question) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(finished(n)) for n, m in model.network.named_modules() if n]  # type: ignore[arg-type]
+    handles = [m.register_forward_hook(finished(n)) for n, m in model.network.named_modules() if n]
     try:
         with torch.no_grad():
             question.values(question.x)

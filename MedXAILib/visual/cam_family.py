@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from MedXAILib.engines.capture import Captured, averages_out, capture, suggest_layer
@@ -27,16 +27,18 @@ class LayerMap(Explainer):
     )
     positive: bool = Field(True, description="keep only what speaks for the target (ReLU)")
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
     @property
     def signed(self) -> bool:
         return not self.positive
 
     def attribute(self, question: Question) -> list[Attribution]:
         layers = self.layers or (suggest_layer(question),)
-        question.run.step(0, 1, self.title)
-        found = [Attribution(self._fused(maps)) for maps in self.maps(question, layers)]
-        question.run.step(1, 1, self.title)
-        return found
+        return [Attribution(self._fused(maps)) for maps in self.maps(question, layers)]
 
     @abstractmethod
     def maps(self, question: Question, layers: tuple[str, ...]) -> list[list[Tensor]]:

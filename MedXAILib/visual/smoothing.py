@@ -24,7 +24,7 @@ class Smoothable(Explainer):
         1, ge=1, le=1000, description="noisy copies to average over; 1 is the scan itself, without noise"
     )
     noise: float = Field(
-        0.1, ge=0, le=1, description="noise of the copies, as a fraction of the scan's range of values"
+        0.1, ge=0, le=1, description="noise of the copies, as a fraction of each channel's range of values"
     )
     statistic: Literal["mean", "variance", "squared"] = Field(
         "mean", description="over the copies: mean (SmoothGrad), variance (VarGrad) or mean square (SquareGrad)"
@@ -49,7 +49,8 @@ class Smoothable(Explainer):
 
     def _over_copies(self, question: Question) -> list[Attribution]:
         x = question.x
-        n, spread = len(x), (x.flatten(1).amax(1) - x.flatten(1).amin(1)).reshape(-1, *[1] * (x.ndim - 1))
+        n, flat = len(x), x.flatten(2)
+        spread = (flat.amax(2) - flat.amin(2)).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
         zeros = [torch.zeros_like(x) for _ in question.targets]
         mean, squares, residual, seen = zeros, [z.clone() for z in zeros], [{} for _ in zeros], 0  # type: ignore[var-annotated]
 
