@@ -192,7 +192,7 @@ def _load_weights(network: nn.Module, folder: Path, source: str) -> None:
             "save its state_dict as safetensors."
         ) from error
     except (RuntimeError, SafetensorError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[-1].strip()
         raise MedXAIError(f"'{path.name}' of '{source}' does not fit the network or is damaged: {reason}") from error
 
 

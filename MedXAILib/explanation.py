@@ -7,11 +7,12 @@ import errno
 import json
 import shutil
 import tempfile
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -23,6 +24,8 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.volume import Volume
 
 MANIFEST = "explanation.json"
+
+ImageFormat = Literal["nrrd", "nii.gz"]
 
 
 class Provenance(BaseModel):
@@ -56,7 +59,7 @@ class Explanation(ABC):
     provenance: Provenance
     residual: dict[str, float]
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, image_format: ImageFormat = "nrrd") -> Path:
         """Write it to `folder`, whole or not at all. An explanation that is there already is replaced.
 
         Raises:
@@ -68,13 +71,13 @@ class Explanation(ABC):
                 "kind": type(self).__name__,
                 "provenance": self.provenance.model_dump(mode="json"),
                 "residual": self.residual,
-                **self._write(fresh),
+                **self._write(fresh, image_format),
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         return folder
 
     @abstractmethod
-    def _write(self, folder: Path) -> dict[str, Any]:
+    def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
         """Write what the manifest cannot hold to `folder`, and say what the manifest must."""
 
     @classmethod
@@ -100,8 +103,9 @@ class SaliencyMap(Explanation):
         """The map, or that of one sample of a batch, as an image in the place of the volume."""
         return Volume(self.data[sample] if self.batched else self.data, self.affine).to_sitk()
 
-    def _write(self, folder: Path) -> dict[str, Any]:
-        files = [f"map-{i}.nrrd" for i in range(len(self.data))] if self.batched else ["map.nrrd"]
+    def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
+        names = [f"map-{i}" for i in range(len(self.data))] if self.batched else ["map"]
+        files = [f"{name}.{image_format}" for name in names]
         for sample, name in enumerate(files):
             sitk.WriteImage(self.to_sitk(sample), str(folder / name), useCompression=True)
         return {"files": files, "affine": self.affine.tolist(), "signed": self.signed, "batched": self.batched}
@@ -152,7 +156,8 @@ def written_whole(folder: Path, manifest: str = MANIFEST) -> Iterator[Path]:
     fresh: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        fresh = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+        fresh.mkdir()
         yield fresh
         _replace(folder, fresh)
     except (OSError, RuntimeError) as error:
@@ -176,7 +181,7 @@ def _replace(folder: Path, fresh: Path) -> None:
         folder.rename(aside / folder.name)
         try:
             fresh.rename(folder)
-        except OSError:
+        except BaseException:
             (aside / folder.name).rename(folder)
             raise
         finally:

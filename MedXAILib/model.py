@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the network says: `scores` by class (probabilities, or values for regression), and `labels` for a
-    segmentation, on the volume's own grid."""
+    """What the network says: `scores` by class (probabilities, values for regression, mL for labels), and `labels`
+    for a segmentation, on the volume's own grid."""
 
     output: Tensor
     scores: dict[str, float]
@@ -251,8 +252,12 @@ class Model:
             output = self.forward(prepared.x[None].to(device, self.dtype)).float().cpu()
         if self.task == "segmentation":
             labels = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
-            on_grid = resample(labels.float(), prepared.affine, volume.shape, volume.affine, nearest=True)
-            return Prediction(output, {}, Volume(on_grid, volume.affine))
+            on_grid = Volume(
+                resample(labels.float(), prepared.affine, volume.shape, volume.affine, nearest=True), volume.affine
+            )
+            counts = on_grid.data.flatten().long().bincount(minlength=max(2, output.shape[1])).tolist()
+            voxel_ml = math.prod(on_grid.spacing) / 1000
+            return Prediction(output, {self.class_name(i): n * voxel_ml for i, n in enumerate(counts)}, on_grid)
         values = self.probabilities(output)[0].flatten()
         return Prediction(output, {self.class_name(i): float(v) for i, v in enumerate(values)})
 

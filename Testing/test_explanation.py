@@ -33,6 +33,14 @@ def test_round_trip(tmp_path: Path, batched: bool) -> None:
     np.testing.assert_allclose(mx.Volume.from_sitk(image).affine, explanation.affine, atol=1e-9)
 
 
+def test_nifti_keeps_the_map_and_its_place(tmp_path: Path) -> None:
+    explanation = made()
+    back = mx.load_explanation(explanation.save(tmp_path / "a", "nii.gz"))
+    assert isinstance(back, mx.SaliencyMap) and torch.equal(back.data, explanation.data)
+    volume = mx.load_volume(tmp_path / "a" / "map.nii.gz")
+    np.testing.assert_allclose(volume.affine, explanation.affine, atol=1e-4)
+
+
 def test_provenance_says_everything() -> None:
     p = made().provenance
     assert (p.method, p.target_label, p.seed, p.device) == ("gradient", "malignant", 5, "cpu")
@@ -59,9 +67,9 @@ def test_saving_replaces_a_former_explanation_and_nothing_else(tmp_path: Path) -
 def test_full_disk_or_interruption_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    explanation = made()
-    explanation.save(tmp_path / "a")
-    before = (tmp_path / "a" / "explanation.json").read_bytes()
+    made().save(tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    explanation = made(form="absolute")
 
     def refuse(*_: object, **__: object) -> None:
         raise failure
@@ -71,7 +79,7 @@ def test_full_disk_or_interruption_leaves_what_was_there(
         explanation.save(tmp_path / "a")
     if isinstance(failure, OSError):
         assert "the disk is full" in str(caught.value)
-    assert (tmp_path / "a" / "explanation.json").read_bytes() == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -18,7 +18,7 @@ from MedXAILib.visual.cam_family import GradientCAM, space
 class GradCAMPlusPlus(GradientCAM):
     """Grad-CAM whose channel weights let several separate findings of one class count alike."""
 
-    id: ClassVar[str] = "gradcam++"
+    id: ClassVar[str] = "gradcam_plus_plus"
     title: ClassVar[str] = "Grad-CAM++"
     paper: ClassVar[str] = "Chattopadhyay 2018"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(

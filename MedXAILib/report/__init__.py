@@ -1,0 +1,1 @@
+"""An explanation as people read it: a picture, a page, and how well it meets a segmentation."""

@@ -1,0 +1,48 @@
+"""One explanation made ready for people: map, picture and page in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from MedXAILib.explanation import ImageFormat, SaliencyMap
+from MedXAILib.model import Prediction
+from MedXAILib.report.localisation import localise
+from MedXAILib.report.montage import montage
+from MedXAILib.report.page import Shown, page
+from MedXAILib.volume import Volume
+
+PICTURE, PAGE = "montage.png", "index.html"
+
+
+def show(
+    volume: Volume, explanation: SaliencyMap, prediction: Prediction | None = None, segmentation: Volume | None = None
+) -> Shown:
+    """The picture of a map of `volume`, and how well it meets the segmentation if there is one."""
+    met = None if segmentation is None else localise(explanation, segmentation)
+    made = explanation.provenance
+    # The value of a regression is not a probability.
+    scores = {} if prediction is None or made.model.get("task") == "regression" else prediction.scores
+    picture = montage(volume, explanation, segmentation, probability=scores.get(made.target_label))
+    return Shown(explanation, picture, met)
+
+
+def write(
+    folder: Path,
+    shown: Shown,
+    prediction: Prediction | None = None,
+    others: Sequence[Shown] = (),
+    caution: str = "",
+    image_format: ImageFormat = "nrrd",
+) -> None:
+    """Fill the empty `folder` with the map (NRRD, or NIfTI), its provenance, picture and page; each of `others` gets a
+    folder inside. Give it the folder of `written_whole`, so that it appears complete or not at all."""
+    _write_map(folder, shown, image_format)
+    for other in others:
+        _write_map(folder / other.explanation.provenance.method, other, image_format)
+    (folder / PAGE).write_text(page(shown, prediction, others, caution), encoding="utf-8")
+
+
+def _write_map(folder: Path, shown: Shown, image_format: ImageFormat) -> None:
+    shown.explanation.save(folder, image_format)
+    shown.picture.save(folder / PICTURE, optimize=True)

@@ -1,0 +1,191 @@
+"""The page one can hand to a colleague: what the network said, the picture, how to read it, where it comes from.
+
+It is one file without scripts or links, so that it opens anywhere and asks nobody for anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from MedXAILib.explanation import SaliencyMap
+from MedXAILib.model import Prediction
+from MedXAILib.registry import EXPLAINERS
+from MedXAILib.report.localisation import Localisation
+from MedXAILib.report.methods import question, title
+from MedXAILib.report.montage import FAINTEST
+
+RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A map with its picture and, where there was a segmentation, how well it meets that."""
+
+    explanation: SaliencyMap
+    picture: Image.Image
+    localisation: Localisation | None = None
+
+
+def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Shown] = (), caution: str = "") -> str:
+    """The HTML page of an explanation, UTF-8.
+
+    `others` are maps of the same question by other methods, to compare; `caution` is what everybody must know who reads
+    an answer of this network.
+    """
+    made = shown.explanation.provenance
+    parts = [
+        f"<h1>Why “{escape(made.target_label)}”?</h1>",
+        f"<p class=lead>{escape(title(made.method))}, asked of {escape(str(made.model.get('name') or 'a network'))} "
+        f"about {escape(Path(made.volume.get('source') or 'a scan').name)}.</p>",
+        f"<p class=warning>{RESEARCH_ONLY} {escape(caution)}</p>",
+        _said(prediction, made.target_label),
+        _picture(shown),
+        _meets(shown.localisation),
+        _reading(shown.explanation),
+        _checks(shown.explanation),
+        _others(others),
+        _provenance(shown.explanation),
+    ]
+    name = f"Why {made.target_label}: {title(made.method)}"
+    return _PAGE.format(title=escape(name), style=_STYLE, body="\n".join(part for part in parts if part))
+
+
+def _said(prediction: Prediction | None, label: str) -> str:
+    if prediction is None or not prediction.scores:
+        return ""
+    rows = []
+    for name, score in sorted(prediction.scores.items(), key=lambda item: -item[1]):
+        # A regression's value is not a share of anything.
+        bar = f'<progress max=1 value="{score:.4f}"></progress>' if 0 <= score <= 1 else ""
+        chosen = ' class="chosen"' if name == label else ""
+        rows.append(f"<tr{chosen}><th>{escape(name)}</th><td class=number>{score:.3f}</td><td>{bar}</td></tr>")
+    return f"<h2>What the network said</h2><table>{''.join(rows)}</table>"
+
+
+def _picture(shown: Shown) -> str:
+    kept = io.BytesIO()
+    shown.picture.save(kept, "PNG", optimize=True)
+    coded = base64.b64encode(kept.getvalue()).decode()
+    made = shown.explanation.provenance
+    alt = escape(f"Planes through the peak of the map of {title(made.method)} for {made.target_label}", quote=True)
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{coded}"></figure>'
+
+
+def _meets(localisation: Localisation | None) -> str:
+    if localisation is None:
+        return ""
+    return f"<h2>Does it meet the segmentation?</h2>{_list(localisation.words())}"
+
+
+def _reading(explanation: SaliencyMap) -> str:
+    made = explanation.provenance
+    sides = (
+        "Orange and yellow places speak for the answer, blue places against it; where there is no colour, neither."
+        if explanation.signed
+        else "The brighter the colour, the more a place matters to the answer. What speaks against it is not shown."
+    )
+    lines = [
+        "Above is the scan alone, below the same planes with the map; the ticks point at the map's peak. The patient's "
+        "right is on the left, and all planes have one scale.",
+        f"{sides} Colours are scaled to each map: do not compare their brightness between maps, and what is "
+        f"below {FAINTEST:.0%} of the largest value has none.",
+        "A coloured place is one that this network used. It does not mean that there is disease, nor that the answer "
+        "is right: a network can be wrong for a good-looking reason, and right for a bad one.",
+        "If the colour lies where nothing explains the answer (the skin, a tube, the edge of the scan), distrust the "
+        "answer.",
+    ]
+    if made.method in EXPLAINERS:
+        taxonomy = EXPLAINERS[made.method].taxonomy
+        lines += [
+            f"{title(made.method)} asks: {question(made.method)}",
+            f"Its strengths: {taxonomy.strengths}.",
+            f"Its limits: {taxonomy.limits}.",
+        ]
+    return f"<h2>How to read it</h2>{_list(lines)}"
+
+
+def _checks(explanation: SaliencyMap) -> str:
+    missed = [
+        f"{name.capitalize()}: the map misses what theory demands of it by {value:.2%}."
+        for name, value in explanation.residual.items()
+    ]
+    lines = missed + list(explanation.provenance.notes)
+    return f"<h2>Checks and notes</h2>{_list(lines)}" if lines else ""
+
+
+def _others(others: Sequence[Shown]) -> str:
+    if not others:
+        return ""
+    parts = ["<h2>The same question, asked in other ways</h2>"]
+    for other in others:
+        method = other.explanation.provenance.method
+        words = other.localisation.words() if other.localisation else []
+        parts.append(
+            f"<h3>{escape(title(method))}</h3><p>{escape(question(method))}</p>{_picture(other)}{_list(words)}"
+        )
+    return "".join(parts)
+
+
+def _provenance(explanation: SaliencyMap) -> str:
+    rows = []
+    for name, value in explanation.provenance.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            rows += [(f"{name}: {key}", item) for key, item in value.items()]
+        elif name != "notes":
+            rows.append((name, value))
+    cells = "".join(
+        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(_plain(v))}</td></tr>" for name, v in rows
+    )
+    return f"<details><summary>Where this comes from</summary><table>{cells}</table></details>"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _list(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #63686f; --line: #d9dce0; --warn: #8a4b00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ea; --paper: #141416; --faint: #a0a4aa; --line: #34363b; --warn: #ffb757; }
+}
+body { margin: 0 auto; padding: 2rem 1rem; max-width: 82rem; color: var(--ink); background: var(--paper);
+       font: 1rem/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.8rem; overflow-wrap: anywhere; } h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; }
+p, li { max-width: 50rem; } .lead { margin: .3rem 0; color: var(--faint); } .warning { color: var(--warn); }
+figure { margin: 1.5rem 0; } img { display: block; width: 100%; max-width: 1308px; height: auto; border-radius: 6px; }
+table { border-collapse: collapse; } th, td { padding: .25rem 1rem .25rem 0; text-align: left; vertical-align: top; }
+th { font-weight: normal; } td { overflow-wrap: anywhere; } tr + tr { border-top: 1px solid var(--line); }
+.number { font-variant-numeric: tabular-nums; } .chosen { font-weight: bold; } .chosen th { font-weight: bold; }
+progress { width: 14rem; height: .8rem; accent-color: #b45309; }
+summary { margin-top: 2rem; cursor: pointer; color: var(--faint); }
+details table { margin-top: .5rem; font-size: .85rem; color: var(--faint); }
+@media print { body { padding: 0; max-width: none; color: #000; background: #fff; } figure { break-inside: avoid; } }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
