@@ -2,46 +2,55 @@
 
 >>> import MedXAILib as mx
 >>> model = mx.load_model("Resources/Models/lung_nodule")
->>> volume = mx.load_volume("chest.nrrd")
->>> explanation = mx.explain(model, volume, "hirescam", target="malignant", region=(-60.0, 12.0, -80.0))
+>>> volume = mx.load_volume("Resources/SampleData/chest_ct_nodule.nrrd")
+>>> explanation = mx.explain(model, volume, "hirescam", target="malignant", region=(21.9, 120.5, -611.5))
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from MedXAILib.ensemble import Ensemble
-from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
-from MedXAILib.explain import explain, recompute
-from MedXAILib.explanation import Explanation, Provenance, SaliencyMap, load_explanation
-from MedXAILib.loading import load_model
-from MedXAILib.model import Model, Prediction
-from MedXAILib.registry import methods
-from MedXAILib.run import Progress, Run
-from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
-from MedXAILib.volume import Volume, load_volume
+if TYPE_CHECKING:
+    from MedXAILib.ensemble import Ensemble
+    from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
+    from MedXAILib.explanation import Explanation, Provenance, SaliencyMap, load_explanation
+    from MedXAILib.loading import load_model
+    from MedXAILib.model import Model, Prediction
+    from MedXAILib.registry import methods
+    from MedXAILib.request import explain, recompute
+    from MedXAILib.run import Progress, Run
+    from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
+    from MedXAILib.volume import Volume, load_volume
 
-__all__ = [
-    "Cancelled",
-    "ClassTarget",
-    "EmbeddingTarget",
-    "Ensemble",
-    "Explanation",
-    "MedXAIError",
-    "Model",
-    "OutOfMemory",
-    "Prediction",
-    "Progress",
-    "Provenance",
-    "RegressionTarget",
-    "Run",
-    "SaliencyMap",
-    "SegmentationTarget",
-    "Target",
-    "Untrusted",
-    "Volume",
-    "explain",
-    "load_explanation",
-    "load_model",
-    "load_volume",
-    "methods",
-    "recompute",
-]
+# Where each public name is, to be imported when it is first used: help and Slicer's panels need not wait for PyTorch.
+# No module may be called like one of these names, which importing it would hide.
+_HOME = {
+    "ensemble": ["Ensemble"],
+    "errors": ["Cancelled", "MedXAIError", "OutOfMemory", "Untrusted"],
+    "explanation": ["Explanation", "Provenance", "SaliencyMap", "load_explanation"],
+    "loading": ["load_model"],
+    "model": ["Model", "Prediction"],
+    "registry": ["methods"],
+    "request": ["explain", "recompute"],
+    "run": ["Progress", "Run"],
+    "target": ["ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
+    "volume": ["Volume", "load_volume"],
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = list(_MODULE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'MedXAILib' has no attribute '{name}'")
+    value = getattr(import_module(f"MedXAILib.{_MODULE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MedXAILib.explain import explain
+from MedXAILib.request import explain
 from MedXAILib.explanation import written_whole
 from MedXAILib.loading import load_model
 from MedXAILib.model import Model, Prediction

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import MedXAILib
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "MedXAILib").rglob("*.py"))
 
@@ -126,3 +128,13 @@ def test_constraints_pin_the_dependencies():
             pinned[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
     for wanted in map(Requirement, [*project["dependencies"], *chain(*project["optional-dependencies"].values())]):
         assert pinned[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+
+
+def test_public_names_come_when_they_are_used() -> None:
+    """`medxai --help` and the panels of Slicer do not wait for PyTorch, and no module hides a public name."""
+    program = (
+        "import sys, MedXAILib, MedXAILib.cli; assert 'torch' not in sys.modules; "
+        "import MedXAILib.request; from MedXAILib import *; assert callable(MedXAILib.explain) and callable(explain)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    assert not {p.stem for p in (ROOT / "MedXAILib").iterdir()} & set(MedXAILib.__all__)
