@@ -42,11 +42,27 @@ class MedXAIWidget(ScriptedLoadableModuleWidget):
 class MedXAILogic(ScriptedLoadableModuleLogic):
     """Explanations without a panel, for scripts and tests."""
 
-    def explain(self, volumeNode, modelSource, method="gradcam", target=None, regionRAS=None, **parameters):
-        """Explain what a model says about a volume; see `MedXAISlicerLib.mrml.explain`. Returns the node of the map."""
+    def explain(self, volumeNode, model, method="gradcam", target=None, region=None, **parameters):
+        """Explain what a model says about a volume, and show it; returns the volume node of the map.
+
+        `region` is a region of interest, a segment as (segmentation node, segment ID or name), or a point or box in RAS
+        mm. The rest is as for `MedXAISlicerLib.mrml.explain`.
+        """
         from MedXAISlicerLib import mrml
 
-        return mrml.explain(volumeNode, modelSource, method, target, regionRAS, **parameters)
+        return mrml.explain(volumeNode, model, method, target, region, **parameters)
+
+    def explanations(self):
+        """The maps of all explanations in the scene, oldest first."""
+        from MedXAISlicerLib import results
+
+        return results.findExplanations()
+
+    def show(self, mapNode):
+        """Show one explanation in all views, and hide the others."""
+        from MedXAISlicerLib import display
+
+        display.show(mapNode)
 
 
 class MedXAITest(ScriptedLoadableModuleTest):
@@ -57,9 +73,9 @@ class MedXAITest(ScriptedLoadableModuleTest):
 
     def runTest(self):
         self.setUp()
-        self.test_map_has_the_place_of_the_volume()
+        self.test_map_has_the_place_of_the_volume_and_is_shown()
 
-    def test_map_has_the_place_of_the_volume(self):
+    def test_map_has_the_place_of_the_volume_and_is_shown(self):
         import torch
 
         import MedXAILib as mx
@@ -68,6 +84,15 @@ class MedXAITest(ScriptedLoadableModuleTest):
         volumeNode = slicer.util.addVolumeFromArray(array, np.diag([-1.0, -2.0, 3.0, 1.0]), "Scan")
         network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten())
         model = mx.Model(network, class_names=("no", "yes"))
-        mapNode = MedXAILogic().explain(volumeNode, model, method="gradient", target="yes")
+        roiNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+        roiNode.SetCenter(-4, -9, 12)
+        roiNode.SetSize(6, 10, 12)
+        logic = MedXAILogic()
+        mapNode = logic.explain(volumeNode, model, method="gradient", target="yes", region=roiNode)
         self.assertEqual(slicer.modules.volumes.logic().CompareVolumeGeometry(volumeNode, mapNode), "")
-        self.assertGreater(np.abs(slicer.util.arrayFromVolume(mapNode)).max(), 0)
+        explained = np.argwhere(slicer.util.arrayFromVolume(mapNode))
+        self.assertEqual(explained.min(axis=0).tolist(), [2, 2, 1])
+        self.assertEqual(explained.max(axis=0).tolist(), [6, 7, 7])
+        self.assertEqual(logic.explanations(), [mapNode])
+        for compositeNode in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+            self.assertEqual(compositeNode.GetForegroundVolumeID(), mapNode.GetID())

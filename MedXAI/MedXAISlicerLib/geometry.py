@@ -1,0 +1,36 @@
+"""Where things of the scene are."""
+
+from __future__ import annotations
+
+import numpy as np
+import slicer
+import vtk
+
+
+def ijkToRas(volumeNode):
+    """4x4 from voxel index (i, j, k, 1) to RAS mm below the volume's parent transform."""
+    matrix = vtk.vtkMatrix4x4()
+    volumeNode.GetIJKToRASMatrix(matrix)
+    return slicer.util.arrayFromVTKMatrix(matrix)
+
+
+def ijkToWorld(volumeNode):
+    """4x4 from voxel index (i, j, k, 1) to RAS mm of the scene; the parent transform must be linear."""
+    toWorld = vtk.vtkMatrix4x4()
+    slicer.vtkMRMLTransformNode.GetMatrixTransformBetweenNodes(volumeNode.GetParentTransformNode(), None, toWorld)
+    return slicer.util.arrayFromVTKMatrix(toWorld) @ ijkToRas(volumeNode)
+
+
+def transformBetween(fromNode, toNode):
+    """The transform from below one transform node to below another; None is the scene itself."""
+    transform = vtk.vtkGeneralTransform()
+    slicer.vtkMRMLTransformNode.GetTransformBetweenNodes(fromNode, toNode, transform)
+    return transform
+
+
+def peak(mapNode):
+    """The point in RAS mm of the scene that speaks most for the target; where nothing does, most against it."""
+    array = slicer.util.arrayFromVolume(mapNode)
+    strongest = array.argmax() if array.max() > 0 else np.abs(array).argmax()
+    k, j, i = np.unravel_index(strongest, array.shape)
+    return (ijkToWorld(mapNode) @ (i, j, k, 1))[:3].tolist()
