@@ -1,0 +1,170 @@
+"""Writing a trained demo network as a MONAI bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from MedXAILib.synthetic.lung_nodules import HU_RANGE, SIZE, SPACING_MM
+
+_COPYRIGHT = "Copyright 2026 the MedXAI authors"
+_LICENCE = f"""{_COPYRIGHT}
+
+Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+License. You may obtain a copy of the License at
+
+    http://www.apache.org/licenses/LICENSE-2.0
+
+Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+"AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+language governing permissions and limitations under the License.
+
+The weights were trained on pieces of a chest CT that pyradiomics 3.0.1 distributes under the BSD 3-Clause licence
+(Copyright 2017 Harvard Medical School).
+"""
+
+
+def write_bundle(
+    folder: Path,
+    network: nn.Module,
+    *,
+    definition: Mapping[str, Any],
+    inferer: Mapping[str, Any],
+    postprocessing: list[Mapping[str, Any]],
+    handlers: list[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    output: Mapping[str, Any],
+    layers: list[str],
+    card: str,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write `folder` as a MONAI bundle; it appears complete or not at all, and replaces an older one.
+
+    `definition` is the network's `_target_` and arguments, `handlers` what else `monai.bundle run` does with the
+    predictions, `about` the metadata's task, description and intended use, `output` the metadata's description of the
+    prediction, `layers` where explanations had best look, `card` the model card in Markdown.
+    """
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    for name in ("configs", "models", "docs"):
+        (beside / name).mkdir(parents=True)
+    # MONAI's specification wants model.pt; a bare state dict of tensors loads with weights_only, without unpickling.
+    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, beside / "models" / "model.pt")
+    _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers))
+    _write_json(beside / "configs" / "metadata.json", _metadata(about, output, layers, metrics))
+    (beside / "docs" / "README.md").write_text(card, encoding="utf-8")
+    (beside / "LICENSE").write_text(_LICENCE, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _inference(
+    definition: Mapping[str, Any],
+    inferer: Mapping[str, Any],
+    postprocessing: list[Mapping[str, Any]],
+    handlers: list[Mapping[str, Any]],
+) -> dict[str, Any]:
+    low, high = HU_RANGE
+    return {
+        "imports": ["$import glob", "$import os"],
+        "bundle_root": ".",
+        "image_key": "image",
+        "dataset_dir": "$@bundle_root + '/data'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "datalist": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii.gz')))",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network_def": dict(definition),
+        "network": "$@network_def.to(@device)",
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": "@image_key"},
+                {"_target_": "EnsureChannelFirstd", "keys": "@image_key"},
+                {"_target_": "Orientationd", "keys": "@image_key", "axcodes": "RAS"},
+                {"_target_": "Spacingd", "keys": "@image_key", "pixdim": [SPACING_MM] * 3, "mode": "bilinear"},
+                {
+                    "_target_": "ScaleIntensityRanged",
+                    "keys": "@image_key",
+                    "a_min": low,
+                    "a_max": high,
+                    "b_min": 0.0,
+                    "b_max": 1.0,
+                    "clip": True,
+                },
+            ],
+        },
+        "dataset": {
+            "_target_": "Dataset",
+            "data": "$[{@image_key: path} for path in @datalist]",
+            "transform": "@preprocessing",
+        },
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
+        "inferer": dict(inferer),
+        "postprocessing": {"_target_": "Compose", "transforms": [dict(step) for step in postprocessing]},
+        "handlers": [
+            {
+                "_target_": "CheckpointLoader",
+                "load_path": "$@bundle_root + '/models/model.pt'",
+                "load_dict": {"model": "@network"},
+            },
+            *(dict(handler) for handler in handlers),
+        ],
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "val_handlers": "@handlers",
+        },
+        "initialize": [],
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def _metadata(
+    about: Mapping[str, Any], output: Mapping[str, Any], layers: list[str], metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "version": "1.0.0",
+        "changelog": {"1.0.0": "first release"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").split("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {"nibabel": "5.3.0", "pytorch-ignite": "0.5.0"},
+        **about,
+        "authors": "the MedXAI authors",
+        "copyright": _COPYRIGHT,
+        "data_source": "chest CT lung2 of pyradiomics 3.0.1 (BSD 3-Clause), with computed nodules",
+        "data_type": "nrrd",
+        "eval_metrics": dict(metrics),
+        "medxai": {"layers": layers},
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    "type": "image",
+                    "format": "hounsfield",
+                    "modality": "CT",
+                    "num_channels": 1,
+                    "spatial_shape": [SIZE] * 3,
+                    "dtype": "float32",
+                    "value_range": [0, 1],
+                    "is_patch_data": True,
+                    "channel_def": {"0": "image"},
+                }
+            },
+            "outputs": {"pred": dict(output)},
+        },
+    }

@@ -1,0 +1,130 @@
+"""One plain training loop: reproducible, stoppable, resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from MedXAILib.errors import MedXAIError
+from MedXAILib.run import Run
+from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
+
+_VALIDATION_SEED = 1
+_WARM_UP = 0.2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a demo network comes about.
+
+    `network()` builds it; `loss(network, patches)` is minimised; `measure(network, patches)` gives named numbers of
+    which `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own
+    lesion; `publish(network, metrics, folder)` writes the bundle.
+    Every batch is freshly synthesised, so an epoch is only the distance between two validations.
+    """
+
+    name: str
+    network: Callable[[], Any]
+    loss: Callable[[Any, Nodules], Tensor]
+    measure: Callable[[Any, Nodules], dict[str, float]]
+    real: Callable[[Any, Backgrounds], dict[str, float]]
+    score: str
+    publish: Callable[[Any, dict[str, float], Path], None]
+    epochs: int
+    steps: int
+    batch: int = 30
+    learning_rate: float = 3e-3
+    patience: int = 8
+    validation: int = 300
+    test: int = 450
+
+    def smoke(self) -> Recipe:
+        """The same in seconds: what it yields is no good, but it is all there."""
+        return replace(self, epochs=2, steps=5, batch=6, validation=12, test=12)
+
+
+def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) -> nn.Module:
+    """Train on patches from `backgrounds`; the weights of the best validation are returned, on the run's device.
+
+    After every epoch all that is needed to go on is in `checkpoint`. When it is there at the start, training goes on
+    from it and ends with the same weights as if it had never been interrupted.
+
+    Raises:
+        Cancelled: when the person asked to stop.
+        MedXAIError: when `checkpoint` belongs to another training.
+    """
+    device = torch.device(run.device or "cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        network = recipe.network().to(device)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    held_out = synthesise(backgrounds, recipe.validation, _VALIDATION_SEED)
+    identity = f"{recipe.name}, seed {run.seed}, {recipe.epochs} x {recipe.steps} x {recipe.batch}"
+    epoch, best_epoch, best = 0, 0, -math.inf
+    weights = _weights(network)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["identity"] != identity:
+            raise MedXAIError(f"'{checkpoint}' is of another training ({state['identity']}): delete it to begin anew.")
+        network.load_state_dict(state["network"])
+        optimiser.load_state_dict(state["optimiser"])
+        epoch, best_epoch, best, weights = state["epoch"], state["best_epoch"], state["best"], state["weights"]
+    total = recipe.epochs * recipe.steps
+
+    def batch(step: int) -> Nodules:
+        return synthesise(backgrounds, recipe.batch, (run.seed + 1) * 1_000_000 + step)
+
+    # The next batch is synthesised while the network learns from this one.
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(batch, epoch * recipe.steps)
+        while epoch < recipe.epochs and epoch - best_epoch < recipe.patience:
+            for step in range(epoch * recipe.steps, (epoch + 1) * recipe.steps):
+                run.step(step, total, f"Training {recipe.name}")
+                patches, coming = coming.result(), ahead.submit(batch, step + 1)
+                for group in optimiser.param_groups:
+                    group["lr"] = recipe.learning_rate * _one_cycle(step / total)
+                network.train()
+                optimiser.zero_grad()
+                recipe.loss(network, patches).backward()
+                optimiser.step()
+            epoch += 1
+            network.eval()
+            score = recipe.measure(network, held_out)[recipe.score]
+            if score > best:
+                best, best_epoch, weights = score, epoch, _weights(network)
+            state = {
+                "identity": identity,
+                "network": network.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "epoch": epoch,
+                "best_epoch": best_epoch,
+                "best": best,
+                "weights": weights,
+            }
+            _save(state, checkpoint)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def _one_cycle(done: float) -> float:
+    """The learning rate's share of its peak: a linear rise, then half a cosine down (Smith and Topin 2018)."""
+    if done < _WARM_UP:
+        return 0.05 + 0.95 * done / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def _save(state: dict[str, object], path: Path) -> None:
+    beside = path.with_name(path.name + ".part")
+    torch.save(state, beside)
+    beside.replace(path)
