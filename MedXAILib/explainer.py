@@ -58,14 +58,14 @@ class Question:
 
     def values(self, x: Tensor) -> list[Tensor]:
         """Each target's value (M,) for `x` (M, C, *spatial), from one forward. M is N or repeats of the N samples."""
-        if not self.bound and not (x.shape == self.x.shape and torch.equal(x, self.x)):
+        if not self.bound and not torch.equal(x[: len(self.x)], self.x):
             # What is predicted, and where, is a matter of the sample itself and not of a changed one.
             with torch.no_grad():
                 self.values(self.x)
         read = read_layers(self.model, x, [target.layer for target in self.targets])
         self.run.cost.forwards += len(x)
         if not self.bound:
-            self.bound = [t.bind(self.model, read[t.layer], self.seen) for t in self.targets]
+            self.bound = [t.bind(self.model, read[t.layer][: len(self.x)], self.seen) for t in self.targets]
         return [bound.value(read[bound.target.layer]) for bound in self.bound]
 
     def gradients(self, value: Tensor, inputs: Sequence[Tensor], keep: bool = False) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from typing import Any, overload
 
@@ -156,7 +157,7 @@ def _explain(
         maps = []
         for i in range(len(targets)):
             values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
-            if not torch.isfinite(values).all():
+            if not all(torch.isfinite(end) for end in values.aminmax()):
                 raise MedXAIError(
                     f"{explainer.title} of {model.name} is not finite: the network overflows on this input; check that "
                     "it is preprocessed as in training."
@@ -230,6 +231,7 @@ def _common(
     }
 
 
+@cache
 def version(package: str) -> str:
     """The installed version of `package`; a Slicer extension carries MedXAI without installing it."""
     try:

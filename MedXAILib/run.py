@@ -14,7 +14,7 @@ import torch
 from MedXAILib.errors import Cancelled, OutOfMemory
 
 # Voxels per step beyond which a CPU, or a GPU, gains no more speed from a larger batch.
-_BUSY_VOXELS = (2 * 96**3, 16 * 96**3)
+_BUSY_VOXELS = (96**3 * 3 // 4, 16 * 96**3)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
     def fitting(self, bytes_each: int, voxels_each: int, device: torch.device) -> int:
         """How many samples to compute at once: as many as the budget holds, but no more than keep `device` busy."""
         useful = -(-_BUSY_VOXELS[device.type == "cuda"] // max(1, voxels_each))
-        return max(1, min(useful, self.budget(device) // max(1, bytes_each)))
+        return max(1, min(max(2, useful), self.budget(device) // max(1, bytes_each)))
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[None]:
@@ -156,7 +156,7 @@ def _peak_memory(cost: Cost, device: torch.device) -> Iterator[None]:
     before = process.memory_info().rss
 
     def watch() -> None:
-        while not over.wait(0.005):
+        while not over.wait(0.05):
             cost.peak_memory = max(cost.peak_memory, process.memory_info().rss - before)
 
     watcher = threading.Thread(target=watch, daemon=True)

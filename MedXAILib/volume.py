@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,16 +115,16 @@ class Volume:
             MedXAIError: for NaN or infinite voxels and for a constant volume.
         """
         name = self.source or "the volume"
-        bad = int((~torch.isfinite(self.data)).sum())
-        if bad:
+        low, high = (float(end) for end in self.data.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = int((~torch.isfinite(self.data)).sum())
             raise MedXAIError(
                 f"{name} has {bad} NaN or infinite voxels: replace them first, for example by the value of air or "
                 "with numpy.nan_to_num."
             )
-        if self.data.numel() and bool((self.data == self.data.flatten()[0]).all()):
+        if low == high:
             raise MedXAIError(
-                f"{name} is constant (every voxel is {float(self.data.flatten()[0]):g}): check that the right file "
-                "or series was loaded."
+                f"{name} is constant (every voxel is {low:g}): check that the right file or series was loaded."
             )
 
 

@@ -61,17 +61,12 @@ class Geometry:
 
     def place(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """Maps (N, K, *grid) on the input's `size`: each unit at its receptive field's centre, linear between them."""
-        for axis, (length, jump, centre) in enumerate(zip(size, self.jump, self.centre, strict=True)):
-            count = maps.shape[axis + 2]
+        for length, jump, centre in zip(size, self.jump, self.centre, strict=True):
+            count = maps.shape[2]
             unit = ((torch.arange(length, dtype=torch.float64) - centre) / jump).clamp(0, count - 1)
-            below = unit.floor().long().clamp(max=max(count - 2, 0))
-            above = (below + 1).clamp(max=count - 1)
-            part = (unit - below).to(maps)
-            shape = [1] * maps.ndim
-            shape[axis + 2] = length
-            part = part.reshape(shape)
-            below, above = below.to(maps.device), above.to(maps.device)
-            maps = maps.index_select(axis + 2, below) * (1 - part) + maps.index_select(axis + 2, above) * part
+            # How much of each unit a voxel takes: a hat of width 1 around the unit.
+            share = (1 - (unit[:, None] - torch.arange(count)).abs()).clamp_min(0).to(maps)
+            maps = torch.tensordot(maps, share, dims=([2], [1]))
         return maps
 
 

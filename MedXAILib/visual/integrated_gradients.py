@@ -52,10 +52,9 @@ class IntegratedGradients(Smoothable):
     )
 
     def maps(self, question: Question, x: Tensor) -> list[Attribution]:
+        start = baseline(question, self.baseline).repeat(len(x) // len(question.x), *[1] * (x.ndim - 1))
         with torch.no_grad():
-            at_sample = question.values(x)
-            start = baseline(question, self.baseline).repeat(len(x) // len(question.x), *[1] * (x.ndim - 1))
-            at_start = question.values(start)
+            ends = [value.chunk(2) for value in question.values(torch.cat([x, start]))]
         difference = x - start
         sums = [torch.zeros_like(x) for _ in question.targets]
         steps = self.steps
@@ -73,7 +72,7 @@ class IntegratedGradients(Smoothable):
                 means[t][unsettled[t]] = finer[unsettled[t]]
                 unsettled[t] &= error > self.tolerance
         found = []
-        for mean, top, bottom in zip(means, at_sample, at_start, strict=True):
+        for mean, (top, bottom) in zip(means, ends, strict=True):
             values, change = mean * difference, top - bottom
             missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
             if missed > _COMPLETE:
