@@ -276,10 +276,10 @@ def explain(
     where = None if region is None else _numbers(region)
     given = dict(map(_pair, settings or ()))
     with _live(device=device, seed=seed, memory_budget=None if memory is None else _bytes(memory)) as run:
-        from MedXAILib.request import explain as ask
         from MedXAILib.explanation import written_whole
         from MedXAILib.report.case import show, write
         from MedXAILib.report.localisation import centre
+        from MedXAILib.request import explain as ask
         from MedXAILib.volume import load_volume
 
         parameters = _parameters(method, given)

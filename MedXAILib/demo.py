@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MedXAILib.request import explain
 from MedXAILib.explanation import written_whole
 from MedXAILib.loading import load_model
 from MedXAILib.model import Model, Prediction
 from MedXAILib.report.case import show, write
 from MedXAILib.report.localisation import centre
 from MedXAILib.report.page import Shown
+from MedXAILib.request import explain
 from MedXAILib.resources import path
 from MedXAILib.run import Run
 from MedXAILib.volume import load_volume

@@ -1,0 +1,1 @@
+"""MedXAI beside its peers: the same map, its time and its memory. See README.md."""

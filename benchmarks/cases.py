@@ -1,0 +1,297 @@
+"""What is compared: methods, networks, sizes, how each package is called, and what MedXAI promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from monai.networks import nets
+from torch import Tensor, nn
+
+import MedXAILib as mx
+from MedXAILib import resources
+
+CLASSES = 10
+Rows = Mapping[str, Mapping[str, Any]]
+"""What was measured, by row name."""
+
+
+def _random(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network with the same random weights each time."""
+    torch.manual_seed(0)
+    made = build()
+    for module in made.modules():
+        # Normalisation with the statistics of a fresh network is the identity: give it something to do.
+        if isinstance(module, nn.BatchNorm3d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2.0)
+        # With as many weights for as against a class, the map of every other class would be empty after its ReLU.
+        if isinstance(module, nn.Linear):
+            module.weight.data += module.weight.std()
+    return made
+
+
+def _noise(size: int) -> Tensor:
+    return torch.randn(1, 1, size, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _nodule(size: int) -> Tensor:
+    """The patch of the sample chest CT around its nodule, as the shipped network sees it."""
+    volume = mx.load_volume(resources.path("SampleData/chest_ct_nodule.nrrd"))
+    x = _trained().prepare(volume, (21.9, 120.5, -611.5)).x[None]
+    if x.shape[-1] != size:
+        raise ValueError(f"the shipped network looks at {x.shape[-1]} voxels, not {size}")
+    return x
+
+
+def _trained() -> mx.Model:
+    return mx.load_model(resources.path("Models/lung_nodule"))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network from (N, 1, D, H, W) to class scores, the layer that class activation maps are of, and what it sees."""
+
+    build: Callable[[], nn.Module]
+    layer: str
+    scan: Callable[[int], Tensor] = _noise
+    """From a size to a volume (1, 1, size, size, size)."""
+
+
+NETWORKS = {
+    "resnet18": Network(
+        lambda: _random(lambda: nets.resnet18(spatial_dims=3, n_input_channels=1, num_classes=CLASSES)), "layer4"
+    ),
+    # The stem of MedicalNet's weights, which is what most people use.
+    "resnet18-medicalnet": Network(
+        lambda: _random(
+            lambda: nets.resnet18(spatial_dims=3, n_input_channels=1, num_classes=CLASSES, conv1_t_stride=2)
+        ),
+        "layer4",
+    ),
+    "densenet121": Network(
+        lambda: _random(lambda: nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=CLASSES)),
+        "class_layers.relu",
+    ),
+    # Small, but trained, and asked about a real CT.
+    "lung-nodule": Network(lambda: _trained().network, "evidence", _nodule),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to call one package."""
+
+    package: str
+    """A file in peers/."""
+    setting: str = "default"
+    """What is not the default, in words."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """In what its result differs from MedXAI's."""
+
+    @property
+    def name(self) -> str:
+        return f"{TITLES[self.package]}, {self.setting}"
+
+
+TITLES = {
+    "medxai": "MedXAI",
+    "pytorch": "PyTorch",
+    "captum": "captum",
+    "monai": "MONAI",
+    "medcam": "M3d-CAM",
+    "grad_cam": "pytorch-grad-cam",
+    "torchcam": "torchcam",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What MedXAI promises: `value`, from the measured rows, is at most or at least `limit`."""
+
+    text: str
+    value: Callable[[Rows], float]
+    sense: Literal["at most", "at least"]
+    limit: float
+
+    def measured(self, rows: Rows) -> dict[str, Any]:
+        """What was found, and by which fraction the goal was missed (0 when it was kept); None where a row it needs
+        failed or was different work."""
+        found: dict[str, Any] = {"text": self.text, "sense": self.sense, "limit": self.limit}
+        try:
+            value = self.value(rows)
+        except (KeyError, TypeError):
+            return found | {"value": None, "missed_by": None}
+        missed = value / self.limit - 1 if self.sense == "at most" else 1 - value / self.limit
+        return found | {"value": value, "missed_by": max(0.0, missed)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on some networks. The first row is MedXAI's own, that the others are compared with."""
+
+    title: str
+    method: str
+    """The class of it in peers/."""
+    rows: tuple[Row, ...]
+    goals: tuple[Goal, ...]
+    sizes: dict[str, int]
+    """The side of the volume, in voxels, for each network it is measured on."""
+    classes: tuple[int, ...] = (1,)
+    tolerance: float = 1e-3
+    """Relative L2 distance from the expected map up to which two maps are the same."""
+    reference: Row | None = None
+    """What the maps of all rows are compared with, where that is not MedXAI's; as good as MedXAI's is good enough."""
+    reps: int = 3
+    processes: int = 1
+    """Fresh processes, of which memory and first call are the median: any one may be 30 MB off (the allocator)."""
+
+
+def _forwards(rows: Rows) -> float:
+    return rows["MedXAI, default"]["forwards"]
+
+
+def _times(name: str) -> Callable[[Rows], float]:
+    return lambda rows: rows[name]["ratio"]
+
+
+_CAMS = (
+    Row("captum", note="stretches the map"),
+    Row("torchcam", note="leaves the map at the layer's resolution"),
+    Row("monai", note="stretches the map and turns it upside down"),
+    Row("monai", "postprocessing off", {"normalise": False}, "stretches the map"),
+    Row("medcam", note="stretches and rescales the map"),
+    Row("grad_cam", note="stretches (cubic) and rescales the map"),
+)
+
+
+def _integrated_gradients(
+    title: str, ours: Row, size: dict[str, int], target: int, reference: int, *steps: int, goals: tuple[Goal, ...] = ()
+) -> Case:
+    """captum with several numbers of `steps`, 5 at a time (its best setting here), and with its defaults."""
+
+    def equal_error(rows: Rows) -> float:
+        """MedXAI's time over captum's at MedXAI's error, found on the line through captum's settings (both scales
+        logarithmic, for its error falls as a power of its steps)."""
+        measured = [rows[f"captum, n_steps={n}, internal_batch_size=5"] for n in steps]
+        points = sorted((math.log(r["error"]), math.log(r["cpu_seconds"])) for r in measured)
+        wanted = math.log(rows[ours.name]["error"])
+        for (low, slow), (high, fast) in pairwise(points):
+            if low <= wanted <= high:
+                captum = math.exp(slow + (fast - slow) * (wanted - low) / (high - low))
+                return rows[ours.name]["cpu_seconds"] / captum
+        raise KeyError("no setting of captum is as accurate")
+
+    return Case(
+        title,
+        "IntegratedGradients",
+        (
+            ours,
+            Row("captum", note="50 steps in one batch"),
+            *(
+                Row("captum", f"n_steps={n}, internal_batch_size=5", {"n_steps": n, "internal_batch_size": 5})
+                for n in steps
+            ),
+        ),
+        (
+            *goals,
+            Goal("MedXAI's time over captum's at equal error", equal_error, "at most", 0.7),
+        ),
+        size,
+        classes=(target,),
+        tolerance=0.0,
+        reference=Row("captum", "", {"n_steps": reference, "internal_batch_size": 5, "method": "riemann_middle"}),
+        reps=2,
+    )
+
+
+CASES = {
+    "gradcam": Case(
+        "Grad-CAM, one class",
+        "GradCAM",
+        (
+            Row("medxai"),
+            Row("medxai", "layer left out", {"find_layer": True}),
+            *_CAMS,
+            Row("medcam", "layer='auto'", {"find_layer": True}, "stretches and rescales the map"),
+        ),
+        (
+            Goal("forwards that MedXAI takes", _forwards, "at most", 1.1),
+            Goal("MONAI's time over MedXAI's", _times("MONAI, default"), "at least", 2.5),
+            Goal("M3d-CAM's time over MedXAI's", _times("M3d-CAM, default"), "at least", 2.5),
+            Goal("pytorch-grad-cam's time over MedXAI's", _times("pytorch-grad-cam, default"), "at least", 2.5),
+        ),
+        {"resnet18-medicalnet": 96, "densenet121": 96, "resnet18": 96},
+        reps=4,
+    ),
+    "gradcam-ten-classes": Case(
+        "Grad-CAM, ten classes",
+        "GradCAM",
+        (Row("medxai"), *_CAMS),
+        (Goal("forwards that MedXAI takes", _forwards, "at most", 2.0),),
+        {"resnet18-medicalnet": 96, "densenet121": 96},
+        classes=tuple(range(CLASSES)),
+    ),
+    "gradient": Case(
+        "Gradient",
+        "Gradient",
+        (
+            Row("medxai"),
+            Row("pytorch", "parameters frozen"),
+            Row("captum"),
+            Row("monai"),
+            Row("monai", "parameters frozen by hand", {"freeze": True}),
+        ),
+        (
+            Goal(
+                "MedXAI's time over plain PyTorch's",
+                lambda rows: 1 / rows["PyTorch, parameters frozen"]["ratio"],
+                "at most",
+                1.05,
+            ),
+            Goal(
+                "MedXAI's peak memory over MONAI's",
+                lambda rows: rows["MedXAI, default"]["peak_mb"] / rows["MONAI, default"]["peak_mb"],
+                "at most",
+                0.5,
+            ),
+        ),
+        {"resnet18-medicalnet": 96, "densenet121": 96, "resnet18": 96},
+        reps=4,
+        processes=3,
+    ),
+    "integrated-gradients-trained": _integrated_gradients(
+        "Integrated gradients, trained network and real CT",
+        Row("medxai"),
+        {"lung-nodule": 40},
+        2,
+        1000,
+        *(25, 50, 100, 200, 400),
+    ),
+    "integrated-gradients": _integrated_gradients(
+        "Integrated gradients, random weights and noise",
+        Row("medxai", "max_steps=45", {"max_steps": 45}),
+        {"resnet18-medicalnet": 96},
+        1,
+        150,
+        *(25, 50),
+        goals=(
+            Goal(
+                "MedXAI's peak memory over captum's",
+                lambda rows: rows["MedXAI, max_steps=45"]["peak_mb"] / rows["captum, default"]["peak_mb"],
+                "at most",
+                0.1,
+            ),
+        ),
+    ),
+}
+
+
+def network(name: str) -> nn.Module:
+    """Network `name` in evaluation mode, the same each time."""
+    return NETWORKS[name].build().eval()

@@ -1,0 +1,73 @@
+"""Time and memory of one call, so that they can be compared across machines and moments."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a call took: processor time of the process, which a busy machine does not lengthen, and wall-clock time."""
+
+    cpu: float
+    wall: float
+
+    @classmethod
+    def of(cls, work: Work) -> Seconds:
+        gc.collect()
+        cpu, wall = time.process_time(), time.perf_counter()
+        work()
+        return cls(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def interleaved(works: Mapping[str, Work], repetitions: int) -> dict[str, list[Seconds]]:
+    """Each of `works` `repetitions` times, in turn, so that whatever disturbs the machine disturbs them all alike."""
+    found: dict[str, list[Seconds]] = {name: [] for name in works}
+    for _ in range(repetitions):
+        for name, work in works.items():
+            found[name].append(Seconds.of(work))
+    return found
+
+
+@contextmanager
+def growth(peak: list[int]) -> Iterator[None]:
+    """Append to `peak` by how many bytes the process grew, at most, over what it held at the start."""
+    process, over = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    highest = before
+
+    def watch() -> None:
+        nonlocal highest
+        while not over.wait(0.001):
+            highest = max(highest, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        peak.append(max(highest, process.memory_info().rss) - before)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a new process, whose memory nothing else has touched.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: when the process dies, as when the system runs out of memory.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -1,0 +1,44 @@
+"""captum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import captum.attr
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import Peer
+from benchmarks.peers.monai import stretched
+
+
+class GradCAM(Peer):
+    """LayerGradCam, and LayerAttribution.interpolate to the size of the scan."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        explainer = captum.attr.LayerGradCam(self.network, self.network.get_submodule(self.layer))
+        maps = [explainer.attribute(x, target=c, relu_attributions=True) for c in self.classes]
+        return torch.cat([captum.attr.LayerAttribution.interpolate(m, x.shape[2:], "trilinear") for m in maps]).detach()
+
+    def expected(self, right: Tensor, size: Sequence[int]) -> Tensor:
+        return stretched(right, size)
+
+
+class Gradient(Peer):
+    """Saliency, signed."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.Saliency(self.network).attribute(x.clone(), target=self.classes[0], abs=False)
+
+
+class IntegratedGradients(Peer):
+    """IntegratedGradients from a baseline of zero; `setting` as captum calls it."""
+
+    def __init__(self, network: nn.Module, layer: str, classes: Sequence[int], **setting: Any) -> None:
+        super().__init__(network, layer, classes)
+        self.setting = setting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        explainer = captum.attr.IntegratedGradients(self.network)
+        return explainer.attribute(x, target=self.classes[0], **self.setting).float().detach()

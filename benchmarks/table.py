@@ -1,0 +1,71 @@
+"""docs/benchmarks.md out of the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+INTRODUCTION = """# Benchmarks
+
+MedXAI beside the packages that a person would otherwise use, on the same network, volume and layer, in one process.
+`python -m benchmarks` writes this page; [benchmarks/README.md](../benchmarks/README.md) says how it measures.
+
+- **forwards**: processor time at one thread in units of one forward of that network: median, and least to most.
+- **times MedXAI**: that time over MedXAI's, run in turn; only where both found the same map, up to what the package
+  always does to it (stretching, rescaling). Otherwise it says "different work".
+- **peak memory**: growth of a fresh process over what it held after one forward.
+- **first call**: the forwards that the first call in that process took.
+- **error**: relative L2 distance from the map it should give.
+"""
+
+
+def write(results: Path) -> None:
+    """Write the page from all of `results`."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join([INTRODUCTION, *(section(result) for result in found)]), encoding="utf-8")
+
+
+def section(result: dict[str, Any]) -> str:
+    """One result as a Markdown section."""
+    side, machine, forward = result["size"], result["machine"], result["forward"]
+    lines = [
+        f"## {result['title']}: {result['model']}, {side} x {side} x {side}",
+        "",
+        "| | forwards | times MedXAI | peak memory (MB) | first call | wall (s) | error | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *(_row(row) for row in result["rows"]),
+        "",
+        *(_goal(goal) for goal in result["goals"]),
+        "" if result["goals"] else None,
+        f"Layer `{result['layer']}`; one forward {forward['cpu_seconds']:.3g} s of processor time; "
+        f"{result['threads']} thread(s), median of {result['repetitions']}; {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['memory_gb']} GB; {result['measured'][:10]}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+        + ".",
+        "",
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _row(row: dict[str, Any]) -> str:
+    said = "; ".join(part for part in (row["note"], row.get("reason")) if part)
+    if row["status"] == "fails":
+        return f"| {row['name']} | fails | | | | | | {said} |"
+    low, high = row["forwards_range"]
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else row["status"]
+    memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    first = "" if row["first_forwards"] is None else f"{row['first_forwards']:.2f}"
+    spread = f"{row['forwards']:.2f} ({low:.2f}–{high:.2f})"
+    cells = [row["name"], spread, ratio, memory, first, f"{row['wall_seconds']:.2f}", f"{row['error']:.1g}", said]
+    return f"| {' | '.join(cells)} |"
+
+
+def _goal(goal: dict[str, Any]) -> str:
+    asked = f"goal {goal['sense']} {goal['limit']:g}"
+    if goal["value"] is None:
+        return f"- {goal['text']}: not comparable, {asked}."
+    return f"- {goal['text']}: {goal['value']:.2f}, {asked}: {'**missed**' if goal['missed_by'] else 'kept'}."
