@@ -31,6 +31,11 @@ class Taxonomy:
     limits: str
 
 
+def backpropagation(strengths: str, limits: str) -> Taxonomy:
+    """The taxonomy of the visual, backpropagation-based methods (section 3.1.1)."""
+    return Taxonomy("3.1.1", "visual", "post hoc", "model-specific", ("local",), strengths, limits)
+
+
 @dataclass(frozen=True)
 class Attribution:
     """A map on the network's input grid: `values` (N, C or 1, *spatial), and what theory says it should sum to,

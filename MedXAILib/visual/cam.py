@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from MedXAILib.engines.capture import capture
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Question, Taxonomy
+from MedXAILib.explainer import Question, Taxonomy, backpropagation
 from MedXAILib.visual.cam_family import LayerMap, space, spatial
 
 
@@ -28,12 +28,7 @@ class CAM(LayerMap):
     id: ClassVar[str] = "cam"
     title: ClassVar[str] = "Class activation mapping"
     paper: ClassVar[str] = "Zhou 2016"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="exact: the map and the bias are the score; one forward, no backward",
         limits="only networks of global average pooling and one linear layer; as coarse as the layer",
     )

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from MedXAILib.explainer import Taxonomy
+from MedXAILib.explainer import Taxonomy, backpropagation
 from MedXAILib.visual.cam_family import GradientCAM, space
 
 
@@ -20,12 +20,7 @@ class GradCAM(GradientCAM):
     id: ClassVar[str] = "gradcam"
     title: ClassVar[str] = "Grad-CAM"
     paper: ClassVar[str] = "Selvaraju 2017"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="one forward; specific to the class; any network with a spatial layer",
         limits="as coarse as the layer; the mean gradient can light up places the network did not use",
     )

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from MedXAILib.explainer import Taxonomy
+from MedXAILib.explainer import Taxonomy, backpropagation
 from MedXAILib.visual.cam_family import GradientCAM, space
 
 
@@ -21,12 +21,7 @@ class GradCAMPlusPlus(GradientCAM):
     id: ClassVar[str] = "gradcam_plus_plus"
     title: ClassVar[str] = "Grad-CAM++"
     paper: ClassVar[str] = "Chattopadhyay 2018"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="as fast as Grad-CAM; several findings of one class all show",
         limits="as coarse as the layer; sees only what speaks for the class",
     )

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.input_gradients import input_gradients
-from MedXAILib.explainer import Attribution, Question, Taxonomy
+from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.visual.smoothing import Smoothable
 
 
@@ -21,12 +21,7 @@ class Gradient(Smoothable):
     id: ClassVar[str] = "gradient"
     title: ClassVar[str] = "Gradient"
     paper: ClassVar[str] = "Simonyan 2013"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="as fast as one training step, at full resolution, for any differentiable network",
         limits="noisy; says where the decision is sensitive, not what it rests on",
     )
@@ -55,12 +50,7 @@ class SmoothGrad(Gradient):
     id: ClassVar[str] = "smoothgrad"
     title: ClassVar[str] = "SmoothGrad"
     paper: ClassVar[str] = "Smilkov 2017"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="the gradient without most of its noise",
         limits="as many gradients as copies; the noise level is a choice that changes the map",
     )
@@ -74,12 +64,7 @@ class VarGrad(SmoothGrad):
     id: ClassVar[str] = "vargrad"
     title: ClassVar[str] = "VarGrad"
     paper: ClassVar[str] = "Adebayo 2018"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="clean maps of where the network reacts at all",
         limits="unsigned; does not tell for from against; as many gradients as copies",
     )

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from MedXAILib.explainer import Taxonomy
+from MedXAILib.explainer import Taxonomy, backpropagation
 from MedXAILib.visual.cam_family import GradientCAM
 
 
@@ -22,12 +22,7 @@ class HiResCAM(GradientCAM):
     id: ClassVar[str] = "hirescam"
     title: ClassVar[str] = "HiResCAM"
     paper: ClassVar[str] = "Draelos 2020"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="one forward; lights only what the network used; sums to the score at a last pooled layer",
         limits="as coarse as the layer",
     )

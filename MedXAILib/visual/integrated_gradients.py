@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.input_gradients import each_gradient
-from MedXAILib.explainer import Attribution, Question, Taxonomy
+from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.visual.baseline import Baseline, baseline
 from MedXAILib.visual.smoothing import Smoothable
 
@@ -31,12 +31,7 @@ class IntegratedGradients(Smoothable):
     id: ClassVar[str] = "integrated_gradients"
     title: ClassVar[str] = "Integrated gradients"
     paper: ClassVar[str] = "Sundararajan 2017"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="the map adds up to the decision (completeness), at full resolution",
         limits="depends on the baseline; tens of gradients",
     )

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from MedXAILib.explainer import Taxonomy
+from MedXAILib.explainer import Taxonomy, backpropagation
 from MedXAILib.visual.cam_family import GradientCAM
 
 
@@ -19,12 +19,7 @@ class LayerCAM(GradientCAM):
     id: ClassVar[str] = "layercam"
     title: ClassVar[str] = "LayerCAM"
     paper: ClassVar[str] = "Jiang 2021"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="one forward; useful at fine layers; several layers can be fused",
         limits="fine layers show texture; sees only what speaks for the class",
     )

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.capture import Captured, capture
-from MedXAILib.explainer import Question, Taxonomy
+from MedXAILib.explainer import Question, Taxonomy, backpropagation
 from MedXAILib.visual.baseline import Baseline, baseline
 from MedXAILib.visual.cam_family import LayerMap, spatial
 
@@ -26,12 +26,7 @@ class ScoreCAM(LayerMap):
     id: ClassVar[str] = "scorecam"
     title: ClassVar[str] = "Score-CAM"
     paper: ClassVar[str] = "Wang 2020"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        section="3.1.1",
-        family="visual",
-        built="post hoc",
-        applies="model-specific",
-        scope=("local",),
+    taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="no gradients, so no noise or saturation of them",
         limits="a forward for every cluster of channels; as coarse as the layer",
     )
