@@ -449,9 +449,9 @@ def test_a_worker_that_died_idle_costs_no_job(tmp_path):
     body = f"greet()\nif not {been}: open({str(tmp_path / 'been')!r}, 'w').close(); sys.exit(1)\n"
     with WorkerClient([sys.executable, "-c", IMPOSTOR + body + "say(hear()['id'], 'result', value={})"]) as client:
         client.start()
-        assert reached(lambda: client.worker, client)
         link = client._link
-        assert link is not None and reached(lambda: link.process.poll() is not None)
+        assert link is not None and reached(lambda: client.worker, client)
+        assert reached(lambda: link.process.poll() is not None)
         assert client.submit(ask("quick")).wait(PATIENCE) == {}
 
 

@@ -49,7 +49,7 @@ class IntegratedGradients(Smoothable):
     def maps(self, question: Question, x: Tensor) -> list[Attribution]:
         start = baseline(question, self.baseline).repeat(len(x) // len(question.x), *[1] * (x.ndim - 1))
         with torch.no_grad():
-            ends = [value.chunk(2) for value in question.values(torch.cat([x, start]))]
+            at_sample, at_start = question.values(x), question.values(start)
         difference = x - start
         sums = [torch.zeros_like(x) for _ in question.targets]
         steps = self.steps
@@ -67,7 +67,7 @@ class IntegratedGradients(Smoothable):
                 means[t][unsettled[t]] = finer[unsettled[t]]
                 unsettled[t] &= error > self.tolerance
         found = []
-        for mean, (top, bottom) in zip(means, ends, strict=True):
+        for mean, top, bottom in zip(means, at_sample, at_start, strict=True):
             values, change = mean * difference, top - bottom
             missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
             if missed > _COMPLETE:
