@@ -91,7 +91,7 @@ def _inference(
             "transforms": [
                 {"_target_": "LoadImaged", "keys": "@image_key"},
                 {"_target_": "EnsureChannelFirstd", "keys": "@image_key"},
-                {"_target_": "Orientationd", "keys": "@image_key", "axcodes": "RAS"},
+                {"_target_": "Orientationd", "keys": "@image_key", "axcodes": "RAS", "labels": None},
                 {"_target_": "Spacingd", "keys": "@image_key", "pixdim": [SPACING_MM] * 3, "mode": "bilinear"},
                 {
                     "_target_": "ScaleIntensityRanged",
