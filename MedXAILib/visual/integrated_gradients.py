@@ -5,6 +5,7 @@ Sundararajan, Taly, Yan, "Axiomatic attribution for deep networks", 2017; in the
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class IntegratedGradients(Smoothable):
     steps: int = Field(5, ge=1, le=1000, description="points on the path to begin with")
     max_steps: int = Field(135, ge=1, le=10000, description="points on the path at most")
     tolerance: float = Field(
-        0.02,
+        0.03,
         ge=0,
         le=1,
         description="stop when the map's estimated error is below this fraction; 0 goes to the maximum",
@@ -97,7 +98,11 @@ class IntegratedGradients(Smoothable):
 
     @staticmethod
     def _error(coarse: Tensor, fine: Tensor, difference: Tensor) -> Tensor:
-        """The estimated relative error (M,) of the finer map: the rule's error falls with its steps, so that the change
-        from n to 3n points is twice what is left."""
+        """The estimated relative error (M,) of the finer map.
+
+        At the kinks of a network the errors of n and of 3n points are nearly independent, and the latter a third of the
+        former: the change is their root sum of squares, the square root of 10 times what is left. Against 400 to 2000
+        points that was right to within a quarter.
+        """
         change = ((fine - coarse) * difference).flatten(1).norm(dim=1)
-        return change / (fine * difference).flatten(1).norm(dim=1).clamp_min(1e-12) / 2
+        return change / (fine * difference).flatten(1).norm(dim=1).clamp_min(1e-12) / math.sqrt(10)
