@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import MedXAILib as mx
+from MedXAILib.explainer import Question
 from MedXAILib.target import from_spec
 
 
@@ -125,3 +126,20 @@ def test_classifiers_and_segmenters_say_which_target_they_need() -> None:
 )
 def test_specifications_round_trip(target: mx.Target) -> None:
     assert from_spec(target.spec()) == target
+
+
+class Sides(nn.Module):
+    """Class 0 for a positive mean, class 1 for a negative one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((1, 2, 3, 4))
+        return torch.stack([mean, -mean], 1)
+
+
+def test_what_is_predicted_is_a_matter_of_the_sample_and_not_of_a_changed_one() -> None:
+    """Also for an explainer that asks about a changed sample first."""
+    model, x = mx.Model(Sides()), scan(1, 1, 5, 6, 7) + 1
+    question = Question(model, x, [model.prepare(mx.Volume(x[0], np.eye(4)))], [mx.ClassTarget()])
+    (value,) = question.values(-x)
+    assert value.item() == -x.mean().item()
+    assert question.bound[0].target.spec()["which"] == 0
