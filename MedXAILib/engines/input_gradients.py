@@ -42,18 +42,18 @@ def fitting(question: Question) -> int:
     """How many versions fit at once, from what autograd keeps of one (activations; the parameters are there anyway)."""
     if question.fitting:
         return question.fitting
-    kept: dict[int, int] = {}
+    kept: list[int] = []
     parameters = {p.untyped_storage().data_ptr() for p in question.model.network.parameters()}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
+        # No backward follows, so nothing is really kept; a tensor handed back here would outlive its graph in a cycle.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            kept.append(storage.nbytes())
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda never: never):
         question.values(question.x.detach().clone().requires_grad_())
-    # Beside what is kept, backward holds the gradients of two neighbouring layers.
+    # What two operators keep together counts twice, which covers the gradients that backward holds beside it.
     voxels = len(question.x) * question.x[0, 0].numel()
-    question.fitting = question.run.fitting(2 * sum(kept.values()), voxels, question.x.device)
+    question.fitting = question.run.fitting(sum(kept), voxels, question.x.device)
     return question.fitting
