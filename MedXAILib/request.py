@@ -6,16 +6,15 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cache
-from importlib import metadata
 from typing import Any, overload
 
+import monai
 import numpy as np
 import SimpleITK as sitk
 import torch
 from torch import Tensor, nn
 
-from MedXAILib import registry
+from MedXAILib import __version__, registry
 from MedXAILib.ensemble import Ensemble, combine
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question
@@ -149,7 +148,7 @@ def _explain(
 
         def answer(start: int, stop: int) -> None:
             x = torch.stack([p.x for p in seen[start:stop]]).to(device, model.dtype)
-            question = Question(model, x, seen[start:stop], targets, run)
+            question = Question(model, x, seen[start:stop], [t.part(start, stop) for t in targets], run)
             attributions = explainer.attribute(question)
             answers.append((question.bound, attributions))
 
@@ -169,7 +168,7 @@ def _explain(
     made = _common(model, explainer, batch, region, run, device)
     return [
         SaliencyMap(
-            provenance=Provenance(**made, **_of_target([bound[i] for bound, _ in answers])),
+            provenance=Provenance(**made, **_of_target([(b[i], len(a[i].values)) for b, a in answers])),
             residual=_worst([attributions[i].residual for _, attributions in answers]),
             data=data,
             affine=batch.volumes[0].affine,
@@ -185,12 +184,14 @@ def _fresh(run: Run | None) -> Run:
     return replace(run) if run is not None else Run()
 
 
-def _of_target(bound: list[Bound]) -> dict[str, Any]:
-    """One target over the chunks of a batch."""
-    specs = [b.target.spec() for b in bound]
-    which = [w for s in specs for w in (s["which"] if isinstance(s.get("which"), tuple) else [s.get("which")])]
-    target = specs[0] if all(s == specs[0] for s in specs) else {**specs[0], "which": which}
-    return {"target": target, "target_label": ", ".join(dict.fromkeys(b.label for b in bound))}
+def _of_target(chunks: list[tuple[Bound, int]]) -> dict[str, Any]:
+    """One target over the chunks of a batch, each with its number of samples."""
+    specs = [(b.target.spec(), count) for b, count in chunks]
+    target = specs[0][0]
+    if any(s != target for s, _ in specs):
+        which = [w for s, n in specs for w in (s["which"] if isinstance(s["which"], tuple) else (s["which"],) * n)]
+        target = {**target, "which": which}
+    return {"target": target, "target_label": ", ".join(dict.fromkeys(b.label for b, _ in chunks))}
 
 
 def _worst(residuals: list[dict[str, float]]) -> dict[str, float]:
@@ -216,9 +217,12 @@ def _common(
             "shape": list(batch.volumes[0].data.shape),
         },
         "versions": {
-            "medxai": version("medxai"),
+            "medxai": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "monai", "numpy", "SimpleITK")},
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+            "numpy": np.__version__,
+            "SimpleITK": sitk.Version.VersionString(),
         },
         "seed": run.seed,
         "device": str(device),
@@ -229,14 +233,3 @@ def _common(
         "backwards": run.cost.backwards,
         "notes": list(run.notes),
     }
-
-
-@cache
-def version(package: str) -> str:
-    """The installed version of `package`; a Slicer extension carries MedXAI without installing it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        from MedXAILib import __version__
-
-        return __version__

@@ -40,6 +40,10 @@ class Target(ABC):
     def bind(self, model: Model, output: Tensor, seen: Sequence[Prepared]) -> Bound:
         """Make this target definite for the samples `seen`, whose output (N, ...) is given."""
 
+    def part(self, start: int, stop: int) -> Target:
+        """The target of samples `start` to `stop` of a batch."""
+        return self
+
     def spec(self) -> dict[str, Any]:
         """This target as JSON, for `from_spec`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -53,6 +57,11 @@ class ClassTarget(Target):
 
     which: str | int | Sequence[str | int] | None = None
     versus: str | int | None = None
+
+    def part(self, start: int, stop: int) -> Target:
+        if self.which is None or isinstance(self.which, (str, int)):
+            return self
+        return replace(self, which=tuple(self.which[start:stop]))
 
     def bind(self, model: Model, output: Tensor, seen: Sequence[Prepared]) -> Bound:
         if output.ndim != 2:

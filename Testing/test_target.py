@@ -143,3 +143,19 @@ def test_what_is_predicted_is_a_matter_of_the_sample_and_not_of_a_changed_one() 
     (value,) = question.values(-x)
     assert value.item() == -x.mean().item()
     assert question.bound[0].target.spec()["which"] == 0
+
+
+def test_predicted_classes_of_a_batch_that_was_split_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = scan(3, 1, 5, 6, 7).abs() * torch.tensor([1.0, 1.0, -1.0]).reshape(3, 1, 1, 1, 1)
+    model, forward = mx.Model(Sides()), mx.Model.forward
+
+    def small(self: mx.Model, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise RuntimeError("out of memory")
+        return forward(self, x)
+
+    whole = mx.explain(model, x, "gradient")
+    monkeypatch.setattr(mx.Model, "forward", small)
+    made = mx.explain(model, torch.cat([x[:2], x]), "gradient")
+    assert list(made.provenance.target["which"]) == [0, 0, 0, 0, 1]
+    torch.testing.assert_close(mx.recompute(made, model, torch.cat([x[:2], x])).data[2:], whole.data)
