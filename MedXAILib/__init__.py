@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from MedXAILib.caption import Caption, Word
     from MedXAILib.ensemble import Ensemble
     from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
     from MedXAILib.explanation import Explanation, Provenance, SaliencyMap, load_explanation
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from MedXAILib.registry import methods
     from MedXAILib.request import explain, recompute
     from MedXAILib.run import Progress, Run
+    from MedXAILib.similar_cases import Case, SimilarCases
     from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
     from MedXAILib.volume import Volume, load_volume
 
 # Where each public name is, to be imported when it is first used: help and Slicer's panels need not wait for PyTorch.
 # No module may be called like one of these names, which importing it would hide.
 _HOME = {
+    "caption": ["Caption", "Word"],
     "ensemble": ["Ensemble"],
     "errors": ["Cancelled", "MedXAIError", "OutOfMemory", "Untrusted"],
     "explanation": ["Explanation", "Provenance", "SaliencyMap", "load_explanation"],
@@ -36,6 +39,7 @@ _HOME = {
     "registry": ["methods"],
     "request": ["explain", "recompute"],
     "run": ["Progress", "Run"],
+    "similar_cases": ["Case", "SimilarCases"],
     "target": ["ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
     "volume": ["Volume", "load_volume"],
 }

@@ -7,6 +7,7 @@ are built without the person's trust.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -86,6 +87,7 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
     if not trust:
         code = "\n".join(dict.fromkeys(_code(parser, items)))
         if code:
+            code = "\n".join([code, *_own_files(folder)])
             raise Untrusted(
                 f"'{source}' would run code of its own ({len(code.splitlines())} line(s)): read it, and pass "
                 "trust=True only if you trust its maker.",
@@ -160,6 +162,32 @@ def _code(parser: ConfigParser, items: Any, seen: set[str] | None = None) -> Ite
             if name not in seen:
                 seen.add(name)
                 yield from _code(parser, parser.get(name), seen)
+
+
+def _own_files(folder: Path) -> Iterator[str]:
+    """What code of the bundle can read or run: its Python files, and a digest of all others, so that nothing there can
+    change without this text."""
+    others = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        # What Python and the system leave there.
+        if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        if path.suffix == ".py":
+            yield f"# {name.as_posix()}"
+            yield path.read_bytes().decode("utf-8", "backslashreplace")
+        else:
+            others.append(f"{name.as_posix()} {sha256(path)}")
+    yield f"# All other files of the bundle: SHA-256 {hashlib.sha256(repr(others).encode()).hexdigest()}"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, which may be large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _harmless(target: str) -> bool:

@@ -12,7 +12,6 @@ import os
 import queue
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import psutil
+import numpy as np
 
 from MedXAILib import protocol
 from MedXAILib.errors import Cancelled, MedXAIError
+from MedXAILib.link import Link
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -57,6 +57,7 @@ class Job:
         request: dict[str, Any],
         on_progress: Callable[[Job], object] | None,
         on_done: Callable[[Job], object] | None,
+        on_partial: Callable[[Job, np.ndarray], object] | None,
     ) -> None:
         self.id, self.op = id, str(request["op"])
         self.state: State = "queued"
@@ -64,7 +65,7 @@ class Job:
         self.result: dict[str, Any] | None = None
         self.error: MedXAIError | None = None
         self._client, self._request = client, request
-        self._on_progress, self._on_done = on_progress, on_done
+        self._on_progress, self._on_done, self._on_partial = on_progress, on_done, on_partial
         self._deadline: float | None = None
 
     @property
@@ -96,90 +97,6 @@ class Job:
     def discard(self) -> None:
         """Remove the files of the result, once they have been read or copied."""
         shutil.rmtree(self._client.folder / str(self.id), ignore_errors=True)
-
-
-class _Link:
-    """A worker process with a thread for each of its pipes, so that nobody ever waits for one of them."""
-
-    def __init__(self, client: WorkerClient) -> None:
-        self.ready = False
-        self.ending = False
-        self.why = ""
-        self.volume: str | None = None
-        self.outbox: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
-        self.last_words: deque[str] = deque(maxlen=3)
-        self.deadline = time.monotonic() + client.patience
-        self._client = client
-        self.process = subprocess.Popen(
-            client.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=client.environment,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
-        assert stdin is not None and stdout is not None and stderr is not None
-        self._channel = protocol.Channel(stdout, stdin, self._log)
-        work = ((self._read, stdout), (self._write, stdin), (self._keep_log, stderr))
-        self._threads = [threading.Thread(target=target, args=(pipe,), daemon=True) for target, pipe in work]
-        for thread in self._threads:
-            thread.start()
-
-    def end(self) -> None:
-        """Kill the process and those it started, which a launcher or a shell would leave behind; then say that it is
-        gone. This waits until it is."""
-        self.ending = True
-        if not self.why:
-            # It has closed its output and is about to end by itself, which tells more.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            for process in [*parent.children(recursive=True), parent]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        code = self.process.wait()
-        self.outbox.put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(1)
-        why = f"{signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-        self._client._events.put((self, {"type": "gone", "why": self.why or why}))
-
-    def _read(self, pipe: IO[bytes]) -> None:
-        with pipe:
-            try:
-                for message in self._channel:
-                    self._client._events.put((self, message))
-            except (ValueError, KeyError, OSError) as error:
-                self.why = f"what it said arrived damaged: {error}"
-        self.end()
-
-    def _write(self, pipe: IO[bytes]) -> None:
-        with contextlib.suppress(OSError), pipe:
-            for message, folder in iter(self.outbox.get, None):
-                try:
-                    if folder is not None:
-                        folder.mkdir(parents=True, exist_ok=True)
-                    self._channel.send(message, folder)
-                except EOFError:
-                    return
-                except (OSError, TypeError) as error:
-                    full = f"The scan cannot be handed to the worker ({error}): make room in '{self._client.folder}'."
-                    said = full if isinstance(error, OSError) else str(error)
-                    failed = {"id": message["id"], "type": "error", "kind": "refused", "message": said, "code": ""}
-                    self._client._events.put((self, failed))
-
-    def _keep_log(self, pipe: IO[bytes]) -> None:
-        with pipe:
-            for line in iter(lambda: pipe.readline(1 << 16), b""):
-                self._log(line)
-
-    def _log(self, line: bytes) -> None:
-        if text := line.decode("utf-8", "replace").rstrip():
-            self.last_words.append(text)
-            self._client._log(text)
 
 
 class WorkerClient:
@@ -219,10 +136,10 @@ class WorkerClient:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.worker: dict[str, Any] = {}
         """What the worker said of itself: version, PyTorch, GPUs."""
-        self._events: queue.Queue[tuple[_Link, dict[str, Any]]] = queue.Queue()
+        self._events: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._jobs = 0
         self._logging = threading.Lock()
 
@@ -237,7 +154,7 @@ class WorkerClient:
         if self._link is not None:
             return
         try:
-            self._link = _Link(self)
+            self._link = Link(self.command, self.environment, self.folder, self.patience, self._told, self._log)
         except OSError as error:
             self._fail_waiting(f"The worker cannot be started ({error}): check the command '{self._command}'.")
             return
@@ -249,11 +166,15 @@ class WorkerClient:
         request: dict[str, Any],
         on_progress: Callable[[Job], object] | None = None,
         on_done: Callable[[Job], object] | None = None,
+        on_partial: Callable[[Job, np.ndarray], object] | None = None,
     ) -> Job:
         """Ask for one of the operations of docs/worker.md, such as ``{"op": "explain", ...}``. `poll` calls the
-        callbacks with the job. Leave arrays alone until the job is finished: they are read in the background."""
+        callbacks with the job, and `on_partial` also with what the map is so far, (D, H, W) on the volume's grid. Leave
+        arrays alone until the job is finished: they are read in the background."""
         self._jobs += 1
-        job = Job(self, self._jobs, request, on_progress, on_done)
+        if on_partial is not None:
+            request = {**request, "partial": True}
+        job = Job(self, self._jobs, request, on_progress, on_done, on_partial)
         self._waiting.append(job)
         self.start()
         self._next()
@@ -292,6 +213,9 @@ class WorkerClient:
     def _command(self) -> str:
         return " ".join(shlex.join(self.command).split())
 
+    def _told(self, link: Link, message: dict[str, Any]) -> None:
+        self._events.put((link, message))
+
     def _next(self) -> None:
         """Hand the next job to the worker, if it is free."""
         link = self._link
@@ -309,7 +233,7 @@ class WorkerClient:
             link.volume = volume["key"]
         link.outbox.put(({**request, "id": job.id}, None if self.stream else self._of(job) / "request"))
 
-    def _take(self, link: _Link, message: dict[str, Any]) -> None:
+    def _take(self, link: Link, message: dict[str, Any]) -> None:
         if link is not self._link:
             return
         job, kind = self._running, message.get("type")
@@ -323,6 +247,9 @@ class WorkerClient:
             job.progress = Progress(*(message[name] for name in Progress._fields))
             if job._on_progress is not None:
                 job._on_progress(job)
+        elif kind == "partial":
+            if link.partials and job._on_partial is not None:
+                job._on_partial(job, link.partials.pop())
         elif kind == "error":
             self._finish(job, protocol.error(message))
         elif kind == "result":
@@ -334,7 +261,7 @@ class WorkerClient:
             else:
                 self._finish(job, None)
 
-    def _greeted(self, link: _Link, message: dict[str, Any]) -> None:
+    def _greeted(self, link: Link, message: dict[str, Any]) -> None:
         try:
             if message["type"] == "error":
                 raise protocol.error(message)
@@ -365,12 +292,12 @@ class WorkerClient:
                 raise FileNotFoundError(f"{folder / 'explanation.json'} is missing")
         return {**result, "folders": folders}
 
-    def _end(self, link: _Link, why: str) -> None:
+    def _end(self, link: Link, why: str) -> None:
         """Kill a worker, without waiting until it is gone."""
         link.ending, link.why = True, why
         threading.Thread(target=link.end, daemon=True).start()
 
-    def _lost(self, link: _Link, why: str) -> None:
+    def _lost(self, link: Link, why: str) -> None:
         """The worker is gone: say so to whom it concerns, and start another where it is missed."""
         self._link, job = None, self._running
         self._log(f"The worker is gone: {why}.")
@@ -412,7 +339,9 @@ class WorkerClient:
                 self._link.volume = None
         job.error, job._request = error, {}
         job.state = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
-        shutil.rmtree(self._of(job) / "request" if error is None else self._of(job), ignore_errors=True)
+        passing = [self._of(job) / "request", self._of(job) / "partial"] if error is None else [self._of(job)]
+        for folder in passing:
+            shutil.rmtree(folder, ignore_errors=True)
         if job._on_done is not None:
             job._on_done(job)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,6 +15,9 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model, Prepared
 from MedXAILib.run import Run
 from MedXAILib.target import Bound, Target, read_layers
+
+# Gradients are this much larger on their way back, because most of them are too small for float16.
+_SCALE = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Question:
     bound: list[Bound] = field(default_factory=list)
     fitting: int = 0
     """How many versions of the samples fit in memory at once, when that has been measured."""
+    look: Callable[[Tensor], object] | None = None
+    """Takes the first target's map (N, C or 1, *spatial) as it is so far; None when nobody looks on."""
 
     def values(self, x: Tensor) -> list[Tensor]:
         """Each target's value (M,) for `x` (M, C, *spatial), from one forward. M is N or repeats of the N samples."""
@@ -69,6 +74,8 @@ class Question:
                 self.values(self.x)
         read = read_layers(self.model, x, [target.layer for target in self.targets])
         self.run.cost.forwards += len(x)
+        if self.run.precision is not None:
+            read = {name: output.to(self.x.dtype) for name, output in read.items()}
         if not self.bound:
             self.bound = [t.bind(self.model, read[t.layer][: len(self.x)], self.seen) for t in self.targets]
         return [bound.value(read[bound.target.layer]) for bound in self.bound]
@@ -85,8 +92,17 @@ class Question:
                 "no_grad inside): use a perturbation method, or wrap the network so that it returns scores."
             )
         self.run.cost.backwards += len(value)
-        found = torch.autograd.grad(value.sum(), list(inputs), retain_graph=keep, allow_unused=True)
+        scale = _SCALE if self.run.precision == "float16" else 1
+        found = torch.autograd.grad(value.sum() * scale, list(inputs), retain_graph=keep, allow_unused=True)
+        if self.run.precision is not None:
+            found = tuple(None if g is None else g.to(self.x.dtype) / scale for g in found)
         return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
+
+    def show(self, so_far: Callable[[], Tensor]) -> None:
+        """Let whoever looks on see the first target's map (N, C or 1, *spatial), which `so_far` makes."""
+        look = self.look
+        if look is not None:
+            self.run.glimpse(lambda: look(so_far()))
 
 
 class Explainer(BaseModel, ABC):

@@ -11,6 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     method: str
+    title: str = ""
+    """What the method is called."""
     parameters: dict[str, Any]
     target: dict[str, Any]
     target_label: str
@@ -123,7 +126,8 @@ class SaliencyMap(Explanation):
         )
 
 
-_KINDS: dict[str, type[Explanation]] = {kind.__name__: kind for kind in (SaliencyMap,)}
+# The module of each kind, imported when one is read: those that build on this module could not be imported here.
+_KINDS = {"SaliencyMap": "explanation", "Caption": "caption", "SimilarCases": "similar_cases"}
 
 
 def load_explanation(folder: str | Path) -> Explanation:
@@ -138,8 +142,9 @@ def load_explanation(folder: str | Path) -> Explanation:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         common = {"provenance": Provenance(**manifest["provenance"]), "residual": manifest["residual"]}
-        return _KINDS[manifest["kind"]]._read(folder, manifest, common)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        kind: type[Explanation] = getattr(import_module(f"MedXAILib.{_KINDS[manifest['kind']]}"), manifest["kind"])
+        return kind._read(folder, manifest, common)
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MedXAIError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise MedXAIError(f"The explanation in '{folder}' is damaged ({reason}): compute it again.") from error
 

@@ -33,15 +33,26 @@ def resample(data: Tensor, affine: np.ndarray, shape: Sequence[int], onto: np.nd
 
     Only the part of the target grid that the source covers is computed, so a small map costs little in a large scan.
     """
+    part, where = resample_part(data, affine, shape, onto, nearest)
+    if part.shape[1:] == tuple(shape):
+        return part
+    result = data.new_zeros((data.shape[0], *shape))
+    result[(slice(None), *where)] = part
+    return result
+
+
+def resample_part(
+    data: Tensor, affine: np.ndarray, shape: Sequence[int], onto: np.ndarray, nearest: bool = False
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """What `resample` gives where it is not zero, and which part of the target grid that is."""
     size = np.array(data.shape[1:])
     if tuple(data.shape[1:]) == tuple(shape) and np.allclose(affine, onto, atol=1e-6):
-        return data
+        return data, tuple(slice(0, s) for s in shape)
     landed = transform(np.linalg.inv(onto) @ affine, corners(data.shape[1:]))
     low = np.maximum(np.ceil(landed.min(0) - 1e-6).astype(int), 0)
     high = np.minimum(np.floor(landed.max(0) + 1e-6).astype(int) + 1, np.array(shape))
-    result = data.new_zeros((data.shape[0], *shape))
     if (high <= low).any():
-        return result
+        return data.new_zeros((data.shape[0], *[0] * len(shape))), (slice(0, 0),) * len(shape)
     axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
     index = transform(np.linalg.inv(affine) @ onto, np.stack(np.meshgrid(*axes, indexing="ij"), -1))
     # Within the outermost half voxel the nearest value holds; beyond it there is nothing.
@@ -54,9 +65,8 @@ def resample(data: Tensor, affine: np.ndarray, shape: Sequence[int], onto: np.nd
         padding_mode="border",
         align_corners=True,
     )[0]
-    part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    result[(slice(None), *part)] = (values * torch.from_numpy(covered)).to(data)
-    return result
+    where = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    return (values * torch.from_numpy(covered)).to(data), where
 
 
 def to_4x4(affine: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from MedXAILib.bundle import is_bundle, load_bundle
+from MedXAILib.bundle import is_bundle, load_bundle, sha256
 from MedXAILib.errors import MedXAIError, Untrusted, unknown
 from MedXAILib.model import Model
 
@@ -32,7 +32,8 @@ def load_model(source: str | Path | Callable[[], Any], trust: bool = False, **kn
         known: what the source does not say, as for `Model`: task, class_names, patch_size, …
 
     Raises:
-        Untrusted: when it would run code and `trust` was not given; `code` holds that code.
+        Untrusted: when it would run code and `trust` was not given; `code` holds that code, and is another when
+            anything in the source is.
         MedXAIError: when it is missing, damaged, a pickle, or no model.
     """
     if callable(source):
@@ -85,7 +86,7 @@ def _from_torchscript(path: Path, trust: bool, known: dict[str, Any]) -> Model:
     if reaching and not trust:
         raise Untrusted(
             f"'{path.name}' reads or writes files when it runs: pass trust=True only if you trust its maker.",
-            "\n".join(reaching),
+            "\n".join([*reaching, f"# The whole file: SHA-256 {sha256(path)}"]),
         )
     try:
         with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.grid import from_4x4, resample, to_4x4
 from MedXAILib.region import Region, cut
-from MedXAILib.run import out_of_memory
+from MedXAILib.run import Precision, out_of_memory
 from MedXAILib.volume import Volume
 
 Task = Literal["classification", "multilabel", "ordinal", "regression", "segmentation", "embedding"]
@@ -77,6 +77,10 @@ class Model:
     spatial_dims: int | None = None
     name: str = ""
     source: str | None = None
+    keeps_last: bool = field(default=False, init=False)
+    """Whether to keep the last volume preprocessed, which the next question is often about: memory for time."""
+    _kept: tuple[Any, Prepared] | None = field(default=None, init=False, repr=False)
+    _precision: Precision | None = field(default=None, init=False, repr=False)
     _suggested: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
     _hashed: tuple[Any, str] | None = field(default=None, init=False, repr=False)
 
@@ -162,7 +166,8 @@ class Model:
             MedXAIError: when the network cannot take this input or gives no tensor.
         """
         try:
-            y = self.network(x)
+            with self._autocast(x.device.type):
+                y = self.network(x)
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             if out_of_memory(error):
                 raise
@@ -207,6 +212,19 @@ class Model:
             for module, flag in training.items():
                 module.training = flag
 
+    @contextmanager
+    def computing_in(self, precision: Precision | None) -> Iterator[None]:
+        """Inside, the network's costly operators work in `precision`; its parameters and input stay what they are."""
+        before, self._precision = self._precision, precision
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def _autocast(self, device: str) -> AbstractContextManager[object]:
+        # Left alone unless asked for: a caller may have an autocast of their own.
+        return nullcontext() if self._precision is None else torch.autocast(device, getattr(torch, self._precision))
+
     def preprocess(self, volume: Volume) -> Prepared:
         """The whole of `volume`, preprocessed."""
         if self.preprocessing is None:
@@ -229,7 +247,7 @@ class Model:
         volume.check()
         if len(volume.shape) != self.spatial_dims:
             raise MedXAIError(f"{self.name} takes {self.spatial_dims}-D volumes and this one is {len(volume.shape)}-D.")
-        whole = self.preprocess(volume)
+        whole = self._whole(volume)
         x, affine = whole.x, whole.affine
         if self.channels is not None and x.shape[0] != self.channels:
             raise MedXAIError(
@@ -244,6 +262,16 @@ class Model:
                 f"{self.name} looks at {size} mm and the scan is larger: say where with region=(x, y, z) in RAS mm."
             )
         return Prepared(x, affine)
+
+    def _whole(self, volume: Volume) -> Prepared:
+        if not self.keeps_last or self.preprocessing is None:
+            return self.preprocess(volume)
+        key = volume.fingerprint, self.preprocessing
+        if self._kept is None or self._kept[0] != key:
+            # Not two at a time.
+            self._kept = None
+            self._kept = key, self.preprocess(volume)
+        return self._kept[1]
 
     def predict(self, volume: Volume, region: Region | None = None) -> Prediction:
         """What the network says about `volume` (see `prepare` for `region`)."""

@@ -17,7 +17,7 @@ import numpy as np
 from MedXAILib import __version__
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 ERRORS: dict[str, type[MedXAIError]] = {
     "cancelled": Cancelled,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, overload
@@ -19,12 +20,15 @@ from MedXAILib.ensemble import Ensemble, combine
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question
 from MedXAILib.explanation import Provenance, SaliencyMap
-from MedXAILib.grid import resample
-from MedXAILib.model import Model
+from MedXAILib.grid import resample, resample_part
+from MedXAILib.model import Model, Prepared
 from MedXAILib.region import Region
-from MedXAILib.run import Run
+from MedXAILib.run import Partial, Run
 from MedXAILib.target import Bound, Target, as_target, from_spec
 from MedXAILib.volume import Volume
+
+# By how much a lower precision may change the value that is explained, relative to it.
+_PRECISE = 0.02
 
 Scan = Volume | Tensor | sitk.Image
 Wanted = Target | str | int | None
@@ -73,7 +77,7 @@ def explain(
         target: what to explain: a target, a class name or index, or None for what the model predicts. A list gives a
             list of explanations, computed together.
         region: the part a patch network looks at: a centre or a box in RAS mm.
-        run: device, seed, memory budget, progress and cancel.
+        run: device, seed, memory budget, precision, progress, cancel, and whom to show the map while it becomes.
 
     Returns:
         A map on the volume's own grid, zero outside the region.
@@ -87,7 +91,9 @@ def explain(
     several = isinstance(target, (list, tuple))
     wanted: Sequence[Wanted] = target if several else [target]  # type: ignore[assignment, list-item]
     if isinstance(model, Ensemble):
-        members = [_explain(m, explainer, volume, wanted, region, _fresh(run)) for m in model.models]
+        # What one member has so far is nothing that the ensemble would say.
+        alone = replace(_fresh(run), partial=None)
+        members = [_explain(m, explainer, volume, wanted, region, _fresh(alone)) for m in model.models]
         maps = [combine(model, of_target) for of_target in zip(*members, strict=True)]
     else:
         maps = _explain(model, explainer, volume, wanted, region, _fresh(run))
@@ -107,7 +113,8 @@ def recompute(explanation: SaliencyMap, model: Model, volume: Scan, run: Run | N
     ):
         if known != given:
             raise MedXAIError(f"This is not the {name} that was explained ({known} then, {given} now): give that one.")
-    run = replace(run if run is not None else Run(device=made.device), seed=made.seed)
+    run = run if run is not None else Run(device=made.device)
+    run = replace(run, seed=made.seed, precision=made.model.get("precision"))
     return explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
 
 
@@ -143,13 +150,18 @@ def _explain(
     batch = _Batch.of(volume, model)
     targets = [as_target(t, model) for t in wanted]
     with model.ready(run.device) as device, run.measured(device):
-        seen = [model.prepare(v, region) for v in batch.volumes]
+        seen = []
+        for i, v in enumerate(batch.volumes):
+            run.step(i, len(batch.volumes), "Preprocessing")
+            seen.append(model.prepare(v, region))
         answers: list[tuple[list[Bound], list[Attribution]]] = []
+        look = _onlooker(run, seen, batch)
 
         def answer(start: int, stop: int) -> None:
             x = torch.stack([p.x for p in seen[start:stop]]).to(device, model.dtype)
-            question = Question(model, x, seen[start:stop], [t.part(start, stop) for t in targets], run)
-            attributions = explainer.attribute(question)
+            question = Question(model, x, seen[start:stop], [t.part(start, stop) for t in targets], run, look=look)
+            with _precise(question):
+                attributions = explainer.attribute(question)
             answers.append((question.bound, attributions))
 
         run.chunks(len(seen), size=len(seen)).map(answer, explainer.title)
@@ -179,6 +191,46 @@ def _explain(
     ]
 
 
+def _onlooker(run: Run, seen: Sequence[Prepared], batch: _Batch) -> Callable[[Tensor], object] | None:
+    """What shows a map that is not finished to whom the run says, on the volume's grid; not for a batch."""
+    partial, volume = run.partial, batch.volumes[0]
+    if partial is None or len(seen) > 1:
+        return None
+
+    def look(values: Tensor) -> None:
+        # A copy, because the explainer goes on with its own.
+        values = values[0].detach().to("cpu", torch.float32, copy=True)
+        part, where = resample_part(values, seen[0].affine, volume.shape, volume.affine)
+        partial(Partial(part, where, volume.shape))
+
+    return look
+
+
+@contextmanager
+def _precise(question: Question) -> Iterator[None]:
+    """Inside, the network computes in the precision of the run, if what it says then is what it says in its own.
+
+    Raises:
+        MedXAIError: when it is not.
+    """
+    model, precision = question.model, question.run.precision
+    if precision is None:
+        yield
+        return
+    with torch.no_grad():
+        exact = question.values(question.x)
+    with model.computing_in(precision):
+        with torch.no_grad():
+            found = question.values(question.x)
+        # Stacked, because Python's max may pass over what is not a number.
+        missed = float(torch.stack([((f - e) / e).abs() for f, e in zip(found, exact, strict=True)]).max())
+        said = f"{precision} changes what is explained by {missed:.2%}"
+        if not missed <= _PRECISE:
+            raise MedXAIError(f"{said}, more than {_PRECISE:.0%}: leave the precision as it is.")
+        question.run.note(f"The network computed in {precision}: {said}.")
+        yield
+
+
 def _fresh(run: Run | None) -> Run:
     """The same settings with nothing tallied yet, so that one `Run` may serve many requests."""
     return replace(run) if run is not None else Run()
@@ -203,6 +255,7 @@ def _common(
 ) -> dict[str, Any]:
     return {
         "method": explainer.id,
+        "title": explainer.title,
         "parameters": explainer.model_dump(mode="json"),
         "region": None if region is None else np.asarray(region, dtype=float).tolist(),
         "model": {
@@ -210,6 +263,7 @@ def _common(
             "task": model.task,
             "source": model.source,
             "fingerprint": model.fingerprint,
+            **({} if run.precision is None else {"precision": run.precision}),
         },
         "volume": {
             "source": batch.volumes[0].source,

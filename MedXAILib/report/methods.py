@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from MedXAILib import description
 from MedXAILib.explainer import Explainer
 from MedXAILib.registry import EXPLAINERS
 
 _TYPES = {
-    "integer": "whole number",
-    "number": "number",
-    "boolean": "true or false",
-    "array": "names, with commas between",
-    "string": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "list": "names, with commas between",
+    "text": "text",
 }
 
 
@@ -32,7 +32,7 @@ class Parameter:
 
 def parameters(kind: type[Explainer]) -> list[Parameter]:
     """The parameters of a method, in their order."""
-    return [_parameter(name, schema) for name, schema in kind.model_json_schema()["properties"].items()]
+    return [_in_words(p) for p in description.parameters(kind)]
 
 
 def title(method: str) -> str:
@@ -42,7 +42,7 @@ def title(method: str) -> str:
 
 def question(method: str) -> str:
     """What a method asks, in a line."""
-    return (inspect.getdoc(EXPLAINERS[method]) or "").splitlines()[0]
+    return description.question(EXPLAINERS[method])
 
 
 def markdown() -> str:
@@ -91,12 +91,11 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _parameter(name: str, schema: dict[str, Any]) -> Parameter:
-    kind = " or ".join(schema["enum"]) if "enum" in schema else _TYPES[schema["type"]]
-    if "examples" in schema:
-        kind = " or ".join([*schema["examples"], "a file"])
-    low, high = schema.get("minimum"), schema.get("maximum")
-    return Parameter(name, kind, _typed(schema.get("default")), _range(low, high), schema.get("description", ""))
+def _in_words(parameter: description.Parameter) -> Parameter:
+    choices = [*parameter.choices, "a file"] if parameter.open else parameter.choices
+    kind = " or ".join(choices) or _TYPES[parameter.type]
+    limits = _range(parameter.minimum, parameter.maximum)
+    return Parameter(parameter.name, kind, _typed(parameter.default), limits, parameter.help)
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -58,7 +58,11 @@ class IntegratedGradients(Smoothable):
         means = [s / steps for s in sums]
         # Each sample stops by itself, so that its map does not depend on its company in a batch.
         unsettled = [torch.ones(len(x), dtype=torch.bool, device=x.device) for _ in sums]
+        # Of copies with noise, their mean is shown instead.
+        alone = x is question.x
         while any(u.any() for u in unsettled) and 3 * steps <= self.max_steps:
+            if alone:
+                question.show(lambda: self.finish(question, means[0] * difference))
             steps *= 3
             # Every third midpoint of the finer rule is one of the coarser rule.
             self._add(question, start, difference, steps, [i for i in range(steps) if i % 3 != 1], sums)

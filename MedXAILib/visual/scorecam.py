@@ -45,7 +45,7 @@ class ScoreCAM(LayerMap):
     def _of_layer(
         self, question: Question, name: str, captured: Captured, start: Tensor, at_start: list[Tensor]
     ) -> list[Tensor]:
-        activations = spatial(name, captured)
+        activations = spatial(name, captured).to(question.x.dtype)
         n, _channels = activations.shape[:2]
         groups = self._grouped(question, activations)
         difference = question.x - start
@@ -55,12 +55,18 @@ class ScoreCAM(LayerMap):
             kept = [start + difference * _unit(captured.place(groups[:, k : k + 1])) for k in range(begin, end)]
             for score, value, base in zip(scores, question.values(torch.cat(kept)), at_start, strict=True):
                 score[:, begin:end] = value.reshape(end - begin, n).T - base[:, None]
+            if len(self.layers) < 2:
+                question.show(lambda: weighted(scores[0][:, :end]))
+
+        def weighted(score: Tensor) -> Tensor:
+            asked = groups[:, : score.shape[1]]
+            weights = score.softmax(1).reshape(*score.shape, *[1] * (groups.ndim - 2))
+            return self.placed(captured, (weights * asked).sum(1, keepdim=True))
 
         # Without gradients a forward holds little more than a few layers: count the input sixteen times.
         size = question.run.fitting(64 * question.x.numel(), question.x[:, 0].numel(), question.x.device)
         question.run.chunks(groups.shape[1], size).map(work, f"{self.title}: {name}")
-        shape = (n, groups.shape[1], *[1] * (groups.ndim - 2))
-        return [self.placed(captured, (s.softmax(1).reshape(shape) * groups).sum(1, keepdim=True)) for s in scores]
+        return [weighted(score) for score in scores]
 
     def _grouped(self, question: Question, activations: Tensor) -> Tensor:
         """The activations, those of like channels averaged: (N, clusters, *grid)."""

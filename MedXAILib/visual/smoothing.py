@@ -71,11 +71,15 @@ class Smoothable(Explainer):
                     squares[t] += delta * (value - mean[t])
             for t, attribution in enumerate(found):
                 residual[t] = {k: max(v, residual[t].get(k, 0.0)) for k, v in attribution.residual.items()}
+            question.show(lambda: self.finish(question, statistic(0)))
+
+        def statistic(t: int) -> Tensor:
+            if self.statistic == "mean":
+                return mean[t]
+            variance = squares[t] / seen
+            return variance if self.statistic == "variance" else mean[t] ** 2 + variance
 
         question.run.chunks(self.samples, fitting(question)).map(work, f"{self.title}: noisy copies")
-        if self.statistic == "mean":
-            return [Attribution(m, r) for m, r in zip(mean, residual, strict=True)]
-        variance = [s / seen for s in squares]
-        if self.statistic == "variance":
-            return [Attribution(v) for v in variance]
-        return [Attribution(m**2 + v) for m, v in zip(mean, variance, strict=True)]
+        # What theory says of each copy it says of their mean only.
+        kept = residual if self.statistic == "mean" else [{} for _ in residual]
+        return [Attribution(statistic(t), r) for t, r in enumerate(kept)]

@@ -1,0 +1,65 @@
+"""What a program has to know of a method to offer it: what it is called, what it is for, what can be set."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from MedXAILib.explainer import Explainer
+
+Type = Literal["bool", "int", "float", "choice", "text", "list"]
+
+_TYPES: dict[str, Type] = {"boolean": "bool", "integer": "int", "number": "float", "array": "list"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method. A "list" is one of names; a "choice" that is `open` also takes the path of a file."""
+
+    name: str
+    type: Type
+    default: Any
+    choices: tuple[str, ...]
+    open: bool
+    minimum: float | None
+    maximum: float | None
+    help: str
+
+
+def parameters(kind: type[Explainer]) -> list[Parameter]:
+    """The parameters of a method, in their order."""
+    return [_parameter(name, schema) for name, schema in kind.model_json_schema()["properties"].items()]
+
+
+def question(kind: type[Explainer]) -> str:
+    """What a method asks, in a line."""
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def describe(kind: type[Explainer]) -> dict[str, Any]:
+    """All there is to say of a method, as JSON takes it."""
+    return {
+        "id": kind.id,
+        "title": kind.title,
+        "question": question(kind),
+        "paper": kind.paper,
+        "taxonomy": asdict(kind.taxonomy),
+        "layered": kind.layered,
+        "signed": kind().signed,
+        "parameters": [asdict(p) for p in parameters(kind)],
+    }
+
+
+def _parameter(name: str, schema: dict[str, Any]) -> Parameter:
+    choices = tuple(schema.get("enum", schema.get("examples", ())))
+    return Parameter(
+        name,
+        "choice" if choices else _TYPES.get(schema.get("type", ""), "text"),
+        schema.get("default"),
+        choices,
+        "examples" in schema,
+        schema.get("minimum"),
+        schema.get("maximum"),
+        schema.get("description", ""),
+    )
