@@ -19,9 +19,16 @@ import MedXAILib
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "MedXAILib").rglob("*.py"))
+MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
 THIRD_PARTY = {"PIL", "SimpleITK", "monai", "numpy", "psutil", "pydantic", "rich", "safetensors", "torch", "typer"}
+
+# What Slicer brings and loads fast; qt and ctk are there in the application only.
+OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
+OF_THE_APPLICATION = {"ctk", "qt", "slicer.ScriptedLoadableModule", "slicer.i18n", "slicer.parameterNodeWrapper"}
+# What of the library may be imported into Slicer's process: not what needs PyTorch.
+WITHOUT_TORCH = {"MedXAILib", *(f"MedXAILib.{name}" for name in ("client", "errors", "protocol", "resources"))}
 
 # What the Extensions Index asks of an entry (version 1.0.1 of its schema), without the texts.
 ENTRY = {
@@ -87,22 +94,129 @@ def test_index_entry(cmake):
     assert entry["build_dependencies"] == cmake["DEPENDS"].split()
 
 
-def test_slicer_module_lists_every_file():
-    module = ROOT / "MedXAI"
-    listed = set(re.findall(r"\S+\.(?:py|png|ui|svg|json)\b", text("MedXAI/CMakeLists.txt")))
-    there = {p.relative_to(module).as_posix() for p in module.rglob("*.*") if p.name != "CMakeLists.txt"}
-    assert listed == {name for name in there if "__pycache__" not in name}
+def imported(node: ast.AST, everywhere: bool = True) -> set[str]:
+    """The modules that a piece of code imports; without what its functions do when they are called."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        # `from slicer.i18n import tr`, and `from MedXAILib import client`.
+        inner = {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "MedXAILib" else set()
+        return inner or {node.module or "."}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not everywhere:
+        return set()
+    return set().union(*(imported(child, everywhere) for child in ast.iter_child_nodes(node)))
+
+
+def code(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+named = pytest.mark.parametrize("path", MODULE, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+@named
+def test_module_loads_with_what_slicer_brings(path):
+    """What takes long or has to be installed is imported where it is needed."""
+    loaded = imported(code(path), everywhere=False)
+    roots = {name.split(".")[0] for name in loaded}
+    assert roots <= {"MedXAISlicerLib", "ctk", "qt"} | OF_SLICER | set(sys.stdlib_module_names)
+    if path.parent.name != "panels" and path.name not in ("MedXAI.py", "parameters.py"):
+        assert not loaded & OF_THE_APPLICATION, "only panels need the application"
+
+
+@named
+def test_module_keeps_pytorch_out_of_slicers_process(path):
+    if path.name == "mrml.py":
+        pytest.skip("its explain() is for scripts, and takes networks that are in memory")
+    # The self-test makes a network of its own.
+    tree = [n for n in code(path).body if not (isinstance(n, ast.ClassDef) and n.name == "MedXAITest")]
+    used = set().union(*map(imported, tree))
+    assert not {name.split(".")[0] for name in used} & {"torch", "monai", "pydantic"}
+    assert {name for name in used if name.split(".")[0] == "MedXAILib"} <= WITHOUT_TORCH
+
+
+@named
+def test_module_has_no_long_files(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+# Where Slicer shows a text: properties of widgets, and functions with the positions of the texts among what they take.
+SHOWN = {"text", "toolTip", "title", "windowTitle", "placeholderText", "statusTip", "whatsThis", "helpText"}
+SHOWN_BY = {
+    **dict.fromkeys(
+        ("addItem", "addAction", "setToolTip", "setText", "setTitle", "setItemText", "showStatusMessage"), (0,)
+    ),
+    **dict.fromkeys(("QLabel", "QPushButton", "QCheckBox", "QGroupBox", "QAction", "QTableWidgetItem"), (0,)),
+    **dict.fromkeys(("errorDisplay", "warningDisplay", "infoDisplay", "messageBox", "tryWithErrorDisplay"), (0, 1)),
+    **dict.fromkeys(("confirmOkCancelDisplay", "confirmYesNoDisplay", "confirmRetryCloseDisplay"), (0, 1)),
+    **dict.fromkeys(("getExistingDirectory", "getOpenFileName", "getSaveFileName", "addTab", "addRow"), (0, 1)),
+    **dict.fromkeys(("setHorizontalHeaderLabels", "setVerticalHeaderLabels"), (0,)),
+    "AddNewNodeByClass": (1,),
+}
+
+
+def untranslated(shown: ast.AST) -> list[str]:
+    """The words in an expression that reach the screen as they stand here."""
+    match shown:
+        case ast.Constant(value=str(words)):
+            # Neither markup nor the name of the product.
+            words = re.sub(r"<[^>]*>|&\w+;|MedXAI", "", words)
+            return [words] if re.search(r"[^\W\d_]{3}", words) else []
+        case ast.IfExp(body=yes, orelse=no):
+            parts = [yes, no]
+        case ast.BinOp(left=left, right=right):
+            parts = [left, right]
+        case ast.JoinedStr(values=parts) | ast.BoolOp(values=parts) | ast.Dict(values=parts):
+            pass
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            pass
+        case (
+            ast.GeneratorExp(elt=part)
+            | ast.ListComp(elt=part)
+            | ast.Call(func=ast.Attribute(value=part, attr="format"))
+        ):
+            parts = [part]
+        case ast.Call(func=ast.Attribute(value=part, attr="join"), args=args):
+            parts = [part, *args]
+        case ast.Call(func=ast.Attribute(value=part, attr="get"), args=args):
+            parts = [part, *args[1:]]
+        case _:
+            # Calls of `_` among them.
+            return []
+    return list(chain.from_iterable(map(untranslated, parts)))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULE if p.name == "MedXAI.py" or p.parent.name == "panels"], ids=lambda path: path.name
+)
+def test_what_people_read_is_translated(path):
+    found = []
+    for node in ast.walk(code(path)):
+        match node:
+            case ast.Assign(targets=[*targets], value=value):
+                if {getattr(t, "attr", getattr(t, "id", "")) for t in targets} & SHOWN:
+                    found += untranslated(value)
+            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name), args=args, keywords=keywords):
+                for position, arg in enumerate(args):
+                    if position in SHOWN_BY.get(name, ()):
+                        found += untranslated(arg)
+                for keyword in keywords:
+                    if keyword.arg in SHOWN or (keyword.arg == "detailedText"):
+                        found += untranslated(keyword.value)
+    assert not found
+
+
+def test_untranslated_words_are_found():
+    for text in ('"Some words"', 'f"{n} voxels"', 'x or "None yet"', '"a" if b else "Cancel"', '"<b>Bold</b>"'):
+        assert untranslated(ast.parse(text, mode="eval").body), text
+    for text in ('_("Words")', "f\"{n} {_('voxels')}\"", '"<b>" + _("Bold") + "</b>"', 'name["words"]', '"MedXAI"'):
+        assert not untranslated(ast.parse(text, mode="eval").body), text
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_library_imports_only_what_it_may(path):
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            imported.add(node.module.split(".")[0])
-    assert imported <= {"MedXAILib"} | THIRD_PARTY | set(sys.stdlib_module_names)
+    roots = {name.split(".")[0] for name in imported(code(path))}
+    assert roots <= {"MedXAILib"} | THIRD_PARTY | set(sys.stdlib_module_names)
 
 
 def test_repository_is_small(files):

@@ -1,0 +1,1 @@
+# Slicer writes ${PROJECT_NAME}Config.cmake here, for extensions that build on this one. Nothing does.
