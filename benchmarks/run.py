@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -11,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from torch import Tensor
@@ -112,12 +110,7 @@ def run(name: str, model: str, size: int, threads: int, reps: int | None, proces
         "threads": threads,
         "repetitions": reps,
         "measured": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 2**30),
-            "system": platform.platform(),
-        },
+        "machine": measure.machine(),
         "versions": {"python": platform.python_version()} | {d: peers.version(d) for d in DISTRIBUTIONS},
         "forward": _rounded({"cpu_seconds": median(unit), "wall_seconds": median(t.wall for t in taken["forward"])}),
         "rows": [{"name": row.name, "note": row.note} | _rounded(rows[row.name]) for row in case.rows],
@@ -189,14 +182,6 @@ def _first_call(name: str, row_name: str, model: str, size: int, threads: int) -
 def _words(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

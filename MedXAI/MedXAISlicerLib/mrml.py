@@ -6,67 +6,95 @@ is used, because Slicer loads its modules before PyTorch need be installed.
 
 from __future__ import annotations
 
-import json
-import re
-
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import display, geometry, hotspots, regions, results
+from MedXAISlicerLib import answers, captions, cases, display, geometry, hotspots, regions, results
+
+# Grids whose voxels are nowhere further apart than this are one, mm.
+_SAME_PLACE = 1e-3
 
 
-def explain(volumeNode, modelSource, method="gradcam", target=None, region=None, **parameters):
-    """Explain what a model says about a volume of the scene, and show it.
+def explain(volumeNode, model, method="gradcam", target=None, region=None, **parameters):
+    """Explain what a model in memory says about a volume of the scene, here and now, and show it.
 
     Args:
-        volumeNode: scalar volume node, or vector volume node for several channels.
-        modelSource: what `MedXAILib.load_model` takes, or a model or ensemble that is in memory already.
+        volumeNode: scalar volume node, vector volume node for several channels, or a list of nodes as channels.
+        model: a `MedXAILib.Model` or `Ensemble`. One in a file is for `explaining.Explaining`, which blocks nobody.
         method, target, parameters: as for `MedXAILib.explain`; `run` is among the parameters.
         region: where to look, as for `regions.inVolume`: a region of interest, a segment, a point or a box. A network
             that looks at patches looks around its centre.
 
     Returns:
-        The volume node of the map, in the place of `volumeNode`, from which `results.part` finds what belongs to it; a
-        list of them for a list of targets, with the first one shown.
+        The explanation node, in the place of the volume, from which `results.part` finds what belongs to it; a list of
+        them for a list of targets, with the first one shown.
 
     Raises:
         MedXAIError: what is wrong, and the remedy; nothing was added to the scene.
     """
-    import MedXAILib as mx
-    from MedXAILib.errors import MedXAIError
-
-    volume = volumeFromNode(volumeNode)
-    model = modelSource if isinstance(modelSource, (mx.Model, mx.Ensemble)) else mx.load_model(modelSource)
-    member = model.models[0] if isinstance(model, mx.Ensemble) else model
-    if region is not None:
-        region = regions.inVolume(volumeNode, region, asCentre=member.patch_size is not None)
-    made = mx.explain(model, volume, method, target=target, region=region, **parameters)
-    if volumeNode.GetScene() is None:
-        raise MedXAIError("The volume was removed while it was explained: load it again, or choose another.")
-    maps = [addExplanation(volumeNode, saliency) for saliency in (made if isinstance(made, list) else [made])]
-    display.show(maps[0])
-    return maps if isinstance(made, list) else maps[0]
-
-
-def volumeFromNode(volumeNode):
-    """The voxels of a node as `MedXAILib.Volume`, in the RAS that the node has below its parent transform.
-
-    Raises:
-        MedXAIError: when there is no such volume, it is empty, a labelmap, or under a transform that bends it.
-    """
     import torch
 
-    from MedXAILib.errors import MedXAIError
-    from MedXAILib.volume import Volume
+    import MedXAILib as mx
 
-    if volumeNode is None or volumeNode.GetScene() is None:
+    scan = scanOf(volumeNode)
+    volume = mx.Volume(torch.from_numpy(scan["data"].astype(np.float32)), scan["affine"], scan["source"])
+    member = model.models[0] if isinstance(model, mx.Ensemble) else model
+    sourceNode = volumeNode[0] if isinstance(volumeNode, (list, tuple)) else volumeNode
+    if region is not None:
+        region = regions.inVolume(sourceNode, region, asCentre=member.patch_size is not None)
+    made = mx.explain(model, volume, method, target=target, region=region, **parameters)
+    several = isinstance(made, list)
+    nodes = addAnswers(sourceNode, [answers.of(explanation) for explanation in (made if several else [made])])
+    return nodes if several else nodes[0]
+
+
+def scanOf(volumeNode):
+    """The voxels of a node, or of several as channels, as a request to the worker holds them (docs/worker.md).
+
+    They are a copy, in the RAS that the node has below its parent transform.
+
+    Raises:
+        MedXAIError: when there is no such volume, it is empty, a labelmap, or under a transform that bends it; when
+            several are not on one grid.
+    """
+    from MedXAILib.errors import MedXAIError
+
+    nodes = volumeNode if isinstance(volumeNode, (list, tuple)) else [volumeNode]
+    for node in nodes:
+        _check(node)
+    first = nodes[0]
+    channels = []
+    for node in nodes:
+        array = slicer.util.arrayFromVolume(node)  # (D, H, W) or (D, H, W, C): a view of the scene's own memory
+        if array.shape[:3] != slicer.util.arrayFromVolume(first).shape[:3] or not _together(node, first):
+            raise MedXAIError(
+                f"'{node.GetName()}' is not on the grid of '{first.GetName()}': resample it to that volume first "
+                "(module Resample Scalar/Vector/DWI Volume)."
+            )
+        channels.append(np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None])
+    return {
+        "data": np.concatenate(channels),
+        # Our indices are (d, h, w) = (k, j, i).
+        "affine": geometry.ijkToRas(first)[:, [2, 1, 0, 3]],
+        "source": " + ".join(node.GetName() for node in nodes),
+        "key": " ".join(
+            f"{node.GetID()} {node.GetImageData().GetMTime()} {hash(geometry.ijkToRas(node).tobytes())}"
+            for node in nodes
+        ),
+    }
+
+
+def _check(node):
+    from MedXAILib.errors import MedXAIError
+
+    if node is None or node.GetScene() is None:
         raise MedXAIError("There is no volume (any more): choose one that is in the scene.")
-    name = volumeNode.GetName()
-    if volumeNode.IsA("vtkMRMLLabelMapVolumeNode"):
+    name = node.GetName()
+    if node.IsA("vtkMRMLLabelMapVolumeNode"):
         raise MedXAIError(f"'{name}' is a label map: choose the scan that it belongs to.")
-    if volumeNode.GetImageData() is None or not volumeNode.GetImageData().GetNumberOfPoints():
+    if node.GetImageData() is None or not node.GetImageData().GetNumberOfPoints():
         raise MedXAIError(f"The volume '{name}' holds no voxels: load or choose another.")
-    bentBy = volumeNode.GetParentTransformNode()
+    bentBy = node.GetParentTransformNode()
     while bentBy is not None and bentBy.IsLinear():
         bentBy = bentBy.GetParentTransformNode()
     if bentBy is not None:
@@ -74,35 +102,59 @@ def volumeFromNode(volumeNode):
             f"'{name}' is bent by the transform '{bentBy.GetName()}', and networks see straight grids only: "
             "harden the transform first (Data module, right click), which resamples the volume."
         )
-    array = slicer.util.arrayFromVolume(volumeNode)  # (D, H, W) or (D, H, W, C): a view of the scene's own memory
-    channelsFirst = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-    # Our indices are (d, h, w) = (k, j, i).
-    affine = geometry.ijkToRas(volumeNode)[:, [2, 1, 0, 3]]
-    return Volume(torch.tensor(channelsFirst, dtype=torch.float32), affine, name)
 
 
-def addExplanation(volumeNode, saliency):
-    """Add a `MedXAILib.SaliencyMap` of a volume to the scene: map, colours, hot spots with statistics, and summary.
+def _together(node, other):
+    """Whether the corners of two volumes of the same size are in the same places of the scene."""
+    i, j, k = node.GetImageData().GetDimensions()
+    corners = np.array([(a, b, c, 1) for a in (0, i) for b in (0, j) for c in (0, k)]).T
+    apart = (geometry.ijkToWorld(node) - geometry.ijkToWorld(other)) @ corners
+    return np.abs(apart).max() <= _SAME_PLACE
+
+
+def addAnswers(volumeNode, found):
+    """Add explanations of a volume to the scene, whatever their kind, and show the first. Returns their nodes.
+
+    Raises:
+        MedXAIError: when the volume is not there any more; nothing was added.
+    """
+    from MedXAILib.errors import MedXAIError
+
+    if volumeNode.GetScene() is None:
+        raise MedXAIError("The volume was removed while it was explained: load it again, or choose another.")
+    add = {"SaliencyMap": addSaliency, "Caption": captions.addCaption, "SimilarCases": cases.addCases}
+    nodes = [add[answer.kind](volumeNode, answer) for answer in found]
+    display.show(nodes[0])
+    return nodes
+
+
+def addSaliency(volumeNode, answer):
+    """Add a saliency map of a volume to the scene: map, colours, hot spots with statistics, and summary.
 
     Several channels are summed, which is what they say together; each stays in the part Channels, a vector volume.
     Returns the volume node of the map.
+
+    Raises:
+        MedXAIError: when it is a map of something else.
     """
-    data = saliency.data.numpy()
-    made = saliency.provenance
-    mapNode = addMapNode(volumeNode, data.sum(axis=0), f"{volumeNode.GetName()} {made.method} {made.target_label}")
-    for name, value in {
-        "Provenance": made.model_dump_json(),
-        "Residual": json.dumps(saliency.residual),
-        "Method": made.method,
-        "TargetLabel": made.target_label,
-        "Signed": str(int(saliency.signed)),
-    }.items():
-        mapNode.SetAttribute(f"MedXAI.{name}", value)
-    if len(data) > 1:
-        channelsNode = addMapNode(volumeNode, np.moveaxis(data, 0, -1), f"{mapNode.GetName()} channels")
-        results.setPart(mapNode, "Channels", channelsNode)
+    from MedXAILib.errors import MedXAIError
+
+    array, affine = answer.images[answer.manifest["files"][0]]
+    made = answer.provenance
+    if array.shape[:3] != slicer.util.arrayFromVolume(volumeNode).shape[:3] or not np.allclose(
+        affine, geometry.ijkToRas(volumeNode)[:, [2, 1, 0, 3]], atol=_SAME_PLACE
+    ):
+        raise MedXAIError(
+            f"This map of '{made['volume'].get('source')}' is not on the grid of '{volumeNode.GetName()}': choose the "
+            "volume that was explained."
+        )
+    mapNode = addMapNode(volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}")
+    results.describe(mapNode, answer)
+    mapNode.SetAttribute("MedXAI.Signed", str(int(answer.manifest["signed"])))
+    if array.ndim == 4:
+        results.setPart(mapNode, "Channels", addMapNode(volumeNode, array, f"{mapNode.GetName()} channels"))
     display.colour(mapNode)
-    hotspots.addHotSpots(mapNode)
+    hotspots.addHotSpots(mapNode, answer.hotSpots)
     results.addSummary(mapNode)
     results.fileBesideSource(mapNode)
     return mapNode
@@ -110,12 +162,13 @@ def addExplanation(volumeNode, saliency):
 
 def addMapNode(volumeNode, array, name):
     """Add an array (D, H, W) or (D, H, W, C) to the scene: on the grid and under the transform of `volumeNode`."""
-    node = slicer.util.addVolumeFromArray(
-        array,
-        # A scene with a file named after "&" cannot be read again: only what is safe in file names.
-        name=slicer.mrmlScene.GenerateUniqueName(re.sub(r"[^\w .+-]", "", name)),
-        nodeClassName="vtkMRMLScalarVolumeNode" if array.ndim == 3 else "vtkMRMLVectorVolumeNode",
-    )
+    kind = "Scalar" if array.ndim == 3 else "Vector"
+    node = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeNode", results.safeName(name))
+    displayNode = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeDisplayNode")
+    # To find a window by itself it would look at every voxel again.
+    displayNode.AutoWindowLevelOff()
+    node.SetAndObserveDisplayNodeID(displayNode.GetID())
+    slicer.util.updateVolumeFromArray(node, array)
     node.CopyOrientation(volumeNode)
     node.SetAndObserveTransformNodeID(volumeNode.GetTransformNodeID())
     results.setPart(node, "Source", volumeNode)

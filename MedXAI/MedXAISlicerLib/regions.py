@@ -117,3 +117,12 @@ def _voxelsOfSegment(segmentationNode, segment):
     labelmap.GetImageToWorldMatrix(toRas)
     voxels = np.stack([i + i0, j + j0, k + k0, np.ones_like(i)])
     return (slicer.util.arrayFromVTKMatrix(toRas) @ voxels)[:3].T
+
+
+def placeAroundMiddle(roiNode, volumeNode):
+    """Put a region of interest around the middle of a volume, a third of it wide, where it is seen at once."""
+    bounds = np.zeros(6)
+    volumeNode.GetRASBounds(bounds)
+    low, high = bounds[::2], bounds[1::2]
+    roiNode.SetCenter((low + high) / 2)
+    roiNode.SetSize((high - low) / 3)

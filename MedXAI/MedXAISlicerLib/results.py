@@ -1,43 +1,107 @@
-"""What an explanation is in the scene: a map, and what belongs to it, found from the map by reference.
+"""What an explanation is in the scene: one node of its kind, and what belongs to it, found from it by reference.
 
-Everything is nodes, attributes and references, so that a saved scene brings explanations back as they were.
+A saliency map is a volume node, a caption a text node, similar cases a table node. Everything is nodes, attributes and
+references, so that a saved scene brings explanations back as they were.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from datetime import datetime
 
 import slicer
 
-from MedXAISlicerLib import geometry
+from MedXAISlicerLib import captions, cases, geometry, layouts
 
 PARTS = ("Summary", "HotSpots", "Statistics", "Channels")
 
+_SEVERAL = ("Map", "CaseVolume", "CaseMap")
+_CLASSES = ("vtkMRMLScalarVolumeNode", "vtkMRMLTextNode", "vtkMRMLTableNode")
+_OWNED = ("display", "storage", "volumeProperty")
+_FOLDER = "MedXAI.Explanation"
+
 
 def findExplanations():
-    """The maps of all explanations in the scene, oldest first."""
-    found = [n for n in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") if n.GetAttribute("MedXAI.Provenance")]
-    return sorted(found, key=lambda node: provenance(node).get("created", ""))
+    """The nodes of all explanations in the scene, whatever their kind, oldest first."""
+    found = [node for kind in _CLASSES for node in slicer.util.getNodesByClass(kind)]
+    return sorted(
+        (node for node in found if node.GetAttribute("MedXAI.Provenance")),
+        key=lambda node: provenance(node).get("created", ""),
+    )
 
 
-def provenance(mapNode):
-    """How a map was made, as `MedXAILib.explanation.Provenance` has it."""
-    return json.loads(mapNode.GetAttribute("MedXAI.Provenance"))
+def describe(node, answer):
+    """Make a node the explanation that an answer is, of its kind and with how it was made."""
+    made = answer.provenance
+    for name, value in {
+        "Kind": answer.kind,
+        "Provenance": json.dumps(made),
+        "Residual": json.dumps(answer.manifest["residual"]),
+        "Method": made["method"],
+        "TargetLabel": safeText(made["target_label"]),
+    }.items():
+        node.SetAttribute(f"MedXAI.{name}", value)
 
 
-def residual(mapNode):
-    """By how much a map misses what theory demands of it (relative), by name."""
-    return json.loads(mapNode.GetAttribute("MedXAI.Residual") or "{}")
+def kind(node):
+    """SaliencyMap, Caption or SimilarCases."""
+    return node.GetAttribute("MedXAI.Kind")
 
 
-def part(mapNode, name):
-    """What belongs to a map, by name (one of `PARTS`, Source or OwnColours); None when it is not there (any more)."""
-    return mapNode.GetNodeReference(f"MedXAI.{name}")
+def title(node):
+    """What an explanation is called in a list: method, target and time of day."""
+    made = provenance(node)
+    at = datetime.fromisoformat(made["created"]).astimezone()
+    return f"{methodTitle(node)} · {made['target_label']} · {at:%H:%M}"
 
 
-def setPart(mapNode, name, node):
-    """Make a node belong to a map."""
-    mapNode.SetNodeReferenceID(f"MedXAI.{name}", node.GetID())
+def methodTitle(node):
+    """What the method of an explanation is called."""
+    made = provenance(node)
+    return made.get("title") or made["method"]
+
+
+def provenance(node):
+    """How an explanation was made, as `MedXAILib.explanation.Provenance` has it."""
+    return json.loads(node.GetAttribute("MedXAI.Provenance"))
+
+
+def residual(node):
+    """By how much an explanation misses what theory demands of it (relative), by name."""
+    return json.loads(node.GetAttribute("MedXAI.Residual") or "{}")
+
+
+def part(node, name):
+    """What belongs to an explanation, by name (one of `PARTS`, Source or OwnColours); None when it is not there (any
+    more)."""
+    return node.GetNodeReference(f"MedXAI.{name}")
+
+
+def setPart(node, name, belonging):
+    """Make a node belong to an explanation."""
+    node.SetNodeReferenceID(f"MedXAI.{name}", belonging.GetID())
+
+
+def addPart(node, name, belonging):
+    """Make a node one of several that belong to an explanation under one name. Returns its index among them."""
+    index = len(parts(node, name))
+    # References move up when a node before them is removed: the node itself says which one it is.
+    belonging.SetAttribute("MedXAI.Index", str(index))
+    node.AddNodeReferenceID(f"MedXAI.{name}", belonging.GetID())
+    return index
+
+
+def parts(node, name):
+    """The several nodes that belong to an explanation under one name, by index."""
+    role = f"MedXAI.{name}"
+    found = [node.GetNthNodeReference(role, i) for i in range(node.GetNumberOfNodeReferences(role))]
+    return {int(one.GetAttribute("MedXAI.Index")): one for one in found if one is not None}
+
+
+def maps(node):
+    """The maps of an explanation."""
+    return [node] if kind(node) == "SaliencyMap" else list(parts(node, "Map").values())
 
 
 def isSigned(mapNode):
@@ -45,25 +109,58 @@ def isSigned(mapNode):
     return mapNode.GetAttribute("MedXAI.Signed") == "1"
 
 
-def addSummary(mapNode):
-    """Add what is to be known about a map, in words, as a text node."""
-    textNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTextNode", f"{mapNode.GetName()} summary")
-    textNode.SetText(summary(mapNode))
-    setPart(mapNode, "Summary", textNode)
+def safeName(name):
+    """A name for a node: unique, and of what is safe in file names only.
+
+    A scene with a file named after "&" cannot be read again.
+    """
+    return slicer.mrmlScene.GenerateUniqueName(re.sub(r"[^\w .+-]", "", name))
+
+
+def safeText(text):
+    """A text of the same length that a scene can hold: one with other characters in it cannot be read again."""
+    return re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
+
+
+def addSummary(node):
+    """Add what is to be known about an explanation, in words, as a text node."""
+    textNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTextNode", f"{node.GetName()} summary")
+    textNode.SetText(safeText(summary(node)))
+    setPart(node, "Summary", textNode)
     return textNode
 
 
-def summary(mapNode):
-    """What is to be known about a map, in words."""
-    made = provenance(mapNode)
-    sourceNode = part(mapNode, "Source")
-    right, anterior, superior = geometry.peak(mapNode)
+def summary(node):
+    """What is to be known about an explanation, in words."""
+    made = provenance(node)
+    sourceNode = part(node, "Source")
+    about = {"SaliencyMap": _aboutMap, "Caption": captions.about, "SimilarCases": cases.about}[kind(node)]
+    return "\n".join(
+        [
+            *about(node),
+            f"Scan: {sourceNode.GetName() if sourceNode else made['volume'].get('source')}",
+            f"Network: {made['model'].get('name')}",
+            f"Method: {made['method']}"
+            + "".join(f", {k} {v}" for k, v in made["parameters"].items() if v not in ([], "")),
+            *(f"Departs from theory ({name}) by {value:.1%}" for name, value in residual(node).items()),
+            *(f"Note: {note}" for note in made.get("notes", [])),
+            f"Computed {made['created']} in {made['seconds']:.1f} s on {made['device']}",
+            "A coloured place is one that this network used: it does not mean that there is disease.",
+            "For research only, not for diagnosis.",
+        ]
+    )
+
+
+def inWords(point):
+    """A point in RAS mm, in words."""
+    return "R {:.0f}, A {:.0f}, S {:.0f} mm".format(*point)
+
+
+def _aboutMap(mapNode):
     lines = [
-        f"What speaks for '{made['target_label']}'" + (", and against it" if isSigned(mapNode) else ""),
-        f"Scan: {sourceNode.GetName() if sourceNode else made['volume'].get('source')}",
-        f"Network: {made['model'].get('name')}",
-        f"Method: {made['method']}" + "".join(f", {k} {v}" for k, v in made["parameters"].items() if v not in ([], "")),
-        f"Strongest at R {right:.0f}, A {anterior:.0f}, S {superior:.0f} mm",
+        f"What speaks for '{mapNode.GetAttribute('MedXAI.TargetLabel')}'"
+        + (", and against it" if isSigned(mapNode) else ""),
+        f"Strongest at {inWords(geometry.peak(mapNode))}",
     ]
     table = part(mapNode, "Statistics")
     if table is not None:
@@ -71,24 +168,47 @@ def summary(mapNode):
             f"{table.GetCellText(row, 0)} lies in {float(table.GetCellText(row, 1)):.2f} mL"
             for row in range(table.GetNumberOfRows())
         ]
-    lines += [f"Departs from theory ({name}) by {value:.1%}" for name, value in residual(mapNode).items()]
-    lines += [f"Note: {note}" for note in made.get("notes", [])]
-    lines += [
-        f"Computed {made['created']} in {made['seconds']:.1f} s on {made['device']}",
-        "A coloured place is one that this network used: it does not mean that there is disease.",
-        "For research only, not for diagnosis.",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
-def fileBesideSource(mapNode):
+def fileBesideSource(node):
     """Put an explanation into a folder beside its scan in the subject hierarchy: under the same study."""
     hierarchyNode = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
-    sourceItem = hierarchyNode.GetItemByDataNode(part(mapNode, "Source"))
+    sourceItem = hierarchyNode.GetItemByDataNode(part(node, "Source"))
     beside = hierarchyNode.GetItemParent(sourceItem) if sourceItem else hierarchyNode.GetSceneItemID()
-    folder = hierarchyNode.CreateFolderItem(beside, mapNode.GetName())
-    for node in filter(None, [mapNode, *(part(mapNode, name) for name in PARTS)]):
+    folder = hierarchyNode.CreateFolderItem(beside, node.GetName())
+    hierarchyNode.SetItemAttribute(folder, _FOLDER, "1")
+    for one in [node, *_belongings(node)]:
         # The application gives every node an item; without it there is none yet.
-        item = hierarchyNode.GetItemByDataNode(node) or hierarchyNode.CreateItem(folder, node)
+        item = hierarchyNode.GetItemByDataNode(one) or hierarchyNode.CreateItem(folder, one)
         hierarchyNode.SetItemParent(item, folder)
     return folder
+
+
+def delete(node):
+    """Remove an explanation from the scene: its node, what belongs to it and its folder. The scan stays."""
+    hierarchyNode = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    folder = hierarchyNode.GetItemParent(hierarchyNode.GetItemByDataNode(node))
+    everything = [node, *_belongings(node)]
+    layouts.leaveIfShown(everything)
+    for one in everything:
+        attached = filter(None, [part(one, "Channel"), part(one, "OwnColours")])
+        for gone in (one, *attached):
+            # The application removes the item with its node; without it nobody does.
+            hierarchyNode.RemoveItem(hierarchyNode.GetItemByDataNode(gone), False, False)
+            _remove(gone)
+    if hierarchyNode.GetItemAttribute(folder, _FOLDER) and not hierarchyNode.GetNumberOfItemChildren(folder):
+        hierarchyNode.RemoveItem(folder)
+
+
+def _belongings(node):
+    several = [one for name in _SEVERAL for one in parts(node, name).values()]
+    return [*filter(None, (part(node, name) for name in PARTS)), *several]
+
+
+def _remove(node):
+    """Remove a node with how it is displayed and stored, which the scene would keep."""
+    owned = [node.GetNthNodeReference(role, i) for role in _OWNED for i in range(node.GetNumberOfNodeReferences(role))]
+    slicer.mrmlScene.RemoveNode(node)
+    for one in filter(None, owned):
+        _remove(one)

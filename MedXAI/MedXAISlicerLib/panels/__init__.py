@@ -1,0 +1,1 @@
+"""The panels of the module: one file and one .ui each."""

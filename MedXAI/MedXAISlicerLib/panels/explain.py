@@ -1,0 +1,350 @@
+"""The panel that asks: which network, which scan, where, which answer, by which method."""
+
+import html
+import json
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from MedXAISlicerLib import asking, regions, settings
+from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson
+from MedXAISlicerLib.panels.panel import Panel
+from MedXAISlicerLib.panels.parameter_form import ParameterForm
+
+_FAMILIES = {"visual": _("Where"), "textual": _("In words"), "example-based": _("By example")}
+
+# A role that Qt itself reads the flags of an item from: 0 makes it a heading.
+_FLAGS = qt.Qt.UserRole - 1
+
+
+class ExplainPanel(Panel):
+    """Asks, shows how far it is, and lets it be cancelled. `onExplained(nodes)` gets what came of it."""
+
+    uiFile = "Explain.ui"
+    title = _("Explain")
+
+    def __init__(self, logic, onExplained):
+        super().__init__(logic)
+        self._onExplained = onExplained
+        self.running = None
+        self._scores = {}
+        self._looked = self._observed = None
+        self.form = ParameterForm(self._parameterChanged)
+        self.ui.advancedCollapsibleButton.layout().addWidget(self.form.widget)
+        self.ui.regionKindSelector.addItem(_("The whole scan"), "whole")
+        self.ui.regionKindSelector.addItem(_("Around a point"), "point")
+        self.ui.regionKindSelector.addItem(_("A region of interest"), "roi")
+        self.ui.regionKindSelector.addItem(_("A segment"), "segment")
+        self.chooser = ModelChooser(self.ui.modelSelector, self.ui.modelInfoLabel, self._modelChosen, self._modelLoaded)
+        self.ui.regionKindSelector.connect("currentIndexChanged(int)", self._regionKindChosen)
+        self.ui.pointButton.connect("clicked(bool)", self._placePoint)
+        self.ui.roiSelector.connect("nodeAddedByUser(vtkMRMLNode*)", self._roiAdded)
+        self.ui.segmentSelector.connect("currentSegmentChanged(QString)", self._segmentChosen)
+        self.ui.targetSelector.connect("activated(int)", self._targetChosen)
+        self.ui.predictButton.connect("clicked(bool)", self._predict)
+        self.ui.methodSelector.connect("currentIndexChanged(int)", self._methodChosen)
+        self.ui.explainButton.connect("clicked(bool)", self._explainOrCancel)
+        self.ui.progressBar.visible = False
+        self._fillTargets()
+
+    def setParameterNode(self, parameterNode):
+        if self._observed is not None:
+            self.parameterNode.RemoveObserver(self._observed)
+        super().setParameterNode(parameterNode)
+        self._observed = None if parameterNode is None else parameterNode.AddObserver("ModifiedEvent", self._update)
+        if parameterNode is not None:
+            segment = parameterNode.segment
+            self.ui.segmentSelector.setCurrentNode(parameterNode.segmentation)
+            self.ui.segmentSelector.setCurrentSegmentID(segment)
+            self.chooser.choose(parameterNode.model)
+
+    def cleanup(self):
+        if self.running is not None:
+            self.running.cancel()
+        super().cleanup()
+
+    def begin(self):
+        """Let the worker tell what can be chosen; once everything needed is installed."""
+        self.logic.askMethods(self._fillMethods)
+        self.chooser.load()
+
+    # What can be chosen
+
+    def _fillMethods(self):
+        """List the methods as the survey groups them."""
+        box = self.ui.methodSelector
+        box.blockSignals(True)
+        box.clear()
+        for family, heading in _FAMILIES.items():
+            of_it = [m for m in self.logic.methods.values() if m["taxonomy"]["family"] == family]
+            if not of_it:
+                continue
+            box.addItem(heading)
+            box.setItemData(box.count - 1, 0, _FLAGS)
+            for method in of_it:
+                box.addItem(method["title"], method["id"])
+                box.setItemData(box.count - 1, _described(method), qt.Qt.ToolTipRole)
+        box.blockSignals(False)
+        if self.parameterNode is not None:
+            self._select(box, self.parameterNode.method)
+            self._showMethod()
+            self._update()
+
+    def _modelChosen(self, path):
+        if path != self.parameterNode.model:
+            self.parameterNode.target = ""
+        self.parameterNode.model = path
+        self._scores = {}
+        self._fillTargets()
+        if self.logic.ready:
+            self.chooser.load()
+        self._update()
+
+    def _modelLoaded(self):
+        if self.parameterNode is not None:
+            self._fillTargets()
+            self._fillChannels()
+            self._showMethod()
+            self._update()
+
+    def _fillTargets(self):
+        box = self.ui.targetSelector
+        box.clear()
+        most = max(self._scores, key=self._scores.get, default=None)
+        box.addItem(_("What it predicts") if most is None else _("What it predicts: {name}").format(name=most), "")
+        for name in self.chooser.model["class_names"] if self.chooser.model else ():
+            score = self._scores.get(name)
+            box.addItem(name if score is None else f"{name} ({score:.1%})", name)
+        if self.parameterNode is not None:
+            self._select(box, self.parameterNode.target)
+
+    def _fillChannels(self):
+        """A selector for each channel beyond the first, where the network wants several."""
+        layout = self.ui.channelsWidget.layout()
+        while layout.count():
+            layout.takeAt(0).widget().deleteLater()
+        chosen = self.parameterNode.moreChannels
+        for channel in range(1, self.chooser.model["channels"] or 1):
+            selector = slicer.qMRMLNodeComboBox()
+            selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+            selector.addEnabled = selector.removeEnabled = False
+            selector.noneEnabled = True
+            selector.objectName = f"channel{channel + 1}Selector"
+            selector.toolTip = _("Channel {number} of the network, such as another MR sequence of this scan").format(
+                number=channel + 1
+            )
+            selector.setMRMLScene(slicer.mrmlScene)
+            selector.setCurrentNode(chosen[channel - 1] if channel <= len(chosen) else None)
+            selector.connect("currentNodeChanged(vtkMRMLNode*)", self._channelsChosen)
+            layout.addWidget(selector)
+
+    def _select(self, box, data):
+        box.blockSignals(True)
+        box.currentIndex = max(0, box.findData(data))
+        box.blockSignals(False)
+
+    # What is chosen
+
+    def _channelsChosen(self, _node):
+        layout = self.ui.channelsWidget.layout()
+        nodes = [layout.itemAt(i).widget().currentNode() for i in range(layout.count())]
+        self.parameterNode.moreChannels = [node for node in nodes if node is not None]
+
+    def _regionKindChosen(self, index):
+        self.parameterNode.regionKind = self.ui.regionKindSelector.itemData(index)
+        if self.parameterNode.regionKind == "point" and self.parameterNode.point is None:
+            self._placePoint()
+
+    def _segmentChosen(self, segmentID):
+        if self.parameterNode is not None:
+            self.parameterNode.segmentation = self.ui.segmentSelector.currentNode()
+            self.parameterNode.segment = segmentID or ""
+
+    def _targetChosen(self, index):
+        self.parameterNode.target = self.ui.targetSelector.itemData(index)
+
+    def _methodChosen(self, index):
+        method = self.ui.methodSelector.itemData(index)
+        if method and self.parameterNode is not None:
+            self.parameterNode.method = method
+            self._showMethod()
+
+    def _showMethod(self):
+        method = self.logic.methods.get(self.parameterNode.method)
+        if method is None:
+            return
+        self.ui.methodInfoLabel.text = _("Good: {strengths}").format(strengths=method["taxonomy"]["strengths"])
+        self.ui.methodInfoLabel.toolTip = self.ui.methodSelector.toolTip = _described(method)
+        layers = self.chooser.model["layers"] if self.chooser.model else ()
+        self.form.show(method["parameters"], self._changedParameters().get(method["id"], {}), layers)
+
+    def _changedParameters(self):
+        return json.loads(self.parameterNode.methodParameters)
+
+    def _parameterChanged(self):
+        changed = {**self._changedParameters(), self.parameterNode.method: self.form.values()}
+        self.parameterNode.methodParameters = json.dumps(changed)
+
+    def _placePoint(self, _checked=False):
+        """Let the person click the place in a slice view."""
+        if self.parameterNode.point is None:
+            node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", _("Look here"))
+            node.CreateDefaultDisplayNodes()
+            node.SetMaximumNumberOfControlPoints(1)
+            self.parameterNode.point = node
+        self.parameterNode.point.RemoveAllControlPoints()
+        markups = slicer.modules.markups.logic()
+        markups.SetActiveList(self.parameterNode.point)
+        markups.StartPlaceMode(False)
+
+    def _roiAdded(self, node):
+        """A new region of interest lies around the middle of the scan, where it can be seen."""
+        scan = self.parameterNode.inputVolume
+        if scan is not None:
+            regions.placeAroundMiddle(node, scan)
+
+    # Asking
+
+    def region(self):
+        """Where to look, as for `regions.inVolume`."""
+        chosen = self.parameterNode
+        return {
+            "whole": None,
+            "point": chosen.point,
+            "roi": chosen.roi,
+            "segment": (chosen.segmentation, chosen.segment) if chosen.segmentation and chosen.segment else None,
+        }[chosen.regionKind]
+
+    def _place(self):
+        """What is looked at, to tell it from another."""
+        chosen = self.parameterNode
+        return chosen.inputVolume, chosen.regionKind, self.region()
+
+    def _lacking(self):
+        """What has still to be chosen, in words; empty when nothing."""
+        chosen = self.parameterNode
+        if chosen is None or chosen.inputVolume is None:
+            return _("Choose a scan first, or load one")
+        if self.logic.ready and not self.logic.methods:
+            return _("The worker is starting: wait a moment")
+        if chosen.regionKind != "whole" and self.region() is None:
+            return _("Say where to look first, or choose the whole scan")
+        return ""
+
+    def _update(self, *_event):
+        chosen, busy = self.parameterNode, self.running is not None
+        if chosen is None:
+            return
+        ui, lacking = self.ui, self._lacking()
+        self._select(ui.regionKindSelector, chosen.regionKind)
+        if self._scores and self._place() != self._looked:
+            # They were of another place.
+            self._scores = {}
+            self._fillTargets()
+        for widget, kind in ((ui.pointButton, "point"), (ui.roiSelector, "roi"), (ui.segmentSelector, "segment")):
+            widget.visible = chosen.regionKind == kind
+        ui.regionWidget.visible = chosen.regionKind != "whole"
+        ui.explainButton.text = _("Cancel") if busy else _("Explain")
+        ui.explainButton.enabled = busy or not lacking
+        ui.explainButton.toolTip = (
+            _("Stop; the scene stays as it is") if busy else lacking or _("Show what speaks for the answer")
+        )
+        ui.predictButton.enabled = not busy and not lacking
+
+    def _predict(self, _checked=False):
+        self._begin(asking.Predicting)
+
+    def _explainOrCancel(self, _checked=False):
+        if self.running is not None:
+            self.running.cancel()
+            self.ui.statusLabel.text = _("Stopping…")
+            return
+        chosen = self.parameterNode
+        self._begin(
+            asking.Explaining,
+            method=chosen.method,
+            target=chosen.target or None,
+            parameters=self._changedParameters().get(chosen.method, {}),
+        )
+
+    def _begin(self, kind, **fields):
+        from MedXAILib.errors import MedXAIError
+
+        chosen = self.parameterNode
+        try:
+            if not self.logic.ready:
+                self.logic.install()
+                self.begin()
+            scan = [chosen.inputVolume, *chosen.moreChannels] if chosen.moreChannels else chosen.inputVolume
+            self.running = kind(scan, chosen.model, region=self.region(), onChange=self._changed, **fields)
+        except MedXAIError as error:
+            self._say(forPerson(error))
+            return
+        self._say(_("Starting…"))
+        self.ui.progressBar.setRange(0, 0)
+        self.ui.progressBar.visible = True
+        self._update()
+
+    def _changed(self, run):
+        if not run.finished:
+            self._showProgress(run.progress)
+            return
+        self.running = None
+        self.ui.progressBar.visible = False
+        self._update()
+        if run.state == "done":
+            self._succeeded(run)
+        else:
+            self._failed(run)
+
+    def _showProgress(self, progress):
+        if progress is None:
+            return
+        # A single step has no length: the bar shows only that something goes on.
+        self.ui.progressBar.setRange(0, progress.total if progress.total > 1 else 0)
+        self.ui.progressBar.value = progress.done
+        left = progress.seconds_left
+        about = "" if left is None or left < 1 else _(" · about {time} left").format(time=_duration(left))
+        self._say(f"{progress.message}{about}")
+
+    def _succeeded(self, run):
+        settings.addRecentModel(self.parameterNode.model)
+        self._say("")
+        if isinstance(run, asking.Predicting):
+            self._scores, self._looked = run.scores, self._place()
+            self._fillTargets()
+        else:
+            self._onExplained(run.nodes)
+
+    def _failed(self, run):
+        from MedXAILib.errors import Untrusted
+
+        self._say(forPerson(run.error))
+        if isinstance(run.error, Untrusted) and self.chooser.trusts(run.error):
+            self.chooser.load()
+
+    def _say(self, text):
+        self.ui.statusLabel.text = text
+
+
+def _described(method):
+    """A method for somebody who does not know it, as rich text."""
+    taxonomy = method["taxonomy"]
+    lines = [
+        f"<b>{html.escape(method['title'])}</b>",
+        _("Good: {text}").format(text=html.escape(taxonomy["strengths"])),
+        _("Limits: {text}").format(text=html.escape(taxonomy["limits"])),
+        _("{built}, {applies}, {scope}; section {section} of the survey").format(
+            built=taxonomy["built"],
+            applies=taxonomy["applies"],
+            scope=" / ".join(taxonomy["scope"]),
+            section=taxonomy["section"],
+        ),
+        f"<i>{html.escape(method['paper'])}</i>",
+    ]
+    return "<p>" + "</p><p>".join(lines) + "</p>"
+
+
+def _duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

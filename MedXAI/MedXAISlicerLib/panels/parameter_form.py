@@ -1,0 +1,97 @@
+"""The parameters of a method as a form, built from what the worker says of them."""
+
+import ctk  # noqa: F401  (makes its widgets known to the loader of .ui files)
+import qt
+from slicer.i18n import tr as _
+
+
+class ParameterForm:
+    """One row for each parameter; `values()` holds what differs from the defaults. `onChange()` follows every edit."""
+
+    def __init__(self, onChange):
+        self.widget = qt.QWidget()
+        self._layout = qt.QFormLayout(self.widget)
+        self._onChange = onChange
+        self._rows = {}
+
+    def show(self, parameters, values, layers=()):
+        """Show the parameters of a method (as the worker's `methods` lists them), set to `values` where given. `layers`
+        are those of the network, to choose from."""
+        while self._layout.rowCount():
+            self._layout.removeRow(0)
+        self._rows = {}
+        for parameter in parameters:
+            make = getattr(self, f"_{parameter['type']}")
+            value = values.get(parameter["name"], parameter["default"])
+            widget, read = make(parameter, value)
+            widget.toolTip = parameter["help"]
+            widget.objectName = f"{parameter['name']}Parameter"
+            if parameter["type"] == "list" and layers:
+                widget.setCompleter(qt.QCompleter(list(layers), widget))
+            self._layout.addRow(_("{name}:").format(name=_named(parameter["name"])), widget)
+            self._rows[parameter["name"]] = (parameter, read)
+
+    def values(self):
+        """What the person changed, by name."""
+        read = {name: (parameter, now()) for name, (parameter, now) in self._rows.items()}
+        return {name: value for name, (parameter, value) in read.items() if value != parameter["default"]}
+
+    def _bool(self, parameter, value):
+        box = qt.QCheckBox()
+        box.checked = bool(value)
+        box.connect("toggled(bool)", self._changed)
+        return box, lambda: box.checked
+
+    def _int(self, parameter, value):
+        box = qt.QSpinBox()
+        box.setRange(_limit(parameter["minimum"], -(10**9)), _limit(parameter["maximum"], 10**9))
+        box.value = value
+        box.connect("valueChanged(int)", self._changed)
+        return box, lambda: box.value
+
+    def _float(self, parameter, value):
+        box = qt.QDoubleSpinBox()
+        box.decimals = 4
+        box.setRange(_limit(parameter["minimum"], -1e9), _limit(parameter["maximum"], 1e9))
+        box.singleStep = max(abs(parameter["default"]) / 10, 10**-box.decimals)
+        box.value = value
+        box.connect("valueChanged(double)", self._changed)
+        # A spin box rounds: what was not touched stays exactly what it was.
+        untouched = box.value
+        return box, lambda: value if box.value == untouched else box.value
+
+    def _choice(self, parameter, value):
+        box = qt.QComboBox()
+        # Where a file may be given instead, its path is typed in, and names stay as they are written.
+        box.editable = parameter["open"]
+        for choice in parameter["choices"]:
+            box.addItem(choice if parameter["open"] else _named(choice))
+        if parameter["open"]:
+            box.setEditText(value)
+            box.connect("editTextChanged(QString)", self._changed)
+            return box, lambda: box.currentText or parameter["default"]
+        box.currentIndex = parameter["choices"].index(value)
+        box.connect("currentIndexChanged(int)", self._changed)
+        return box, lambda: parameter["choices"][box.currentIndex]
+
+    def _text(self, parameter, value):
+        line = qt.QLineEdit("" if value is None else str(value))
+        line.connect("editingFinished()", self._changed)
+        return line, lambda: line.text or parameter["default"]
+
+    def _list(self, parameter, value):
+        line = qt.QLineEdit(", ".join(map(str, value or [])))
+        line.placeholderText = _("as the network suggests")
+        line.connect("editingFinished()", self._changed)
+        return line, lambda: [part.strip() for part in line.text.split(",") if part.strip()]
+
+    def _changed(self, *_value):
+        self._onChange()
+
+
+def _named(name):
+    return name.replace("_", " ").capitalize()
+
+
+def _limit(given, otherwise):
+    return otherwise if given is None else given

@@ -1,0 +1,241 @@
+"""From the scene to the worker and back: a real worker, a real network, Slicer's own scene."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+slicer = pytest.importorskip("slicer")
+
+import slicer_scene  # noqa: E402
+
+import MedXAILib as mx  # noqa: E402
+from MedXAILib.errors import Cancelled, MedXAIError, Untrusted  # noqa: E402
+from MedXAILib.resources import path  # noqa: E402
+from MedXAISlicerLib import asking, geometry, mrml, results, settings, workers  # noqa: E402
+
+NETWORK = path("Models/lung_nodule")
+# Long enough to be interrupted.
+SLOW = {"steps": 1000, "max_steps": 10000, "tolerance": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def worker():
+    one = workers.Worker()
+    yield one
+    one.close()
+
+
+@pytest.fixture(autouse=True)
+def scene():
+    with slicer_scene.opened() as app:
+        yield app.scene
+
+
+@pytest.fixture
+def scan(scene):
+    """A nodule on a tilted grid, under a transform."""
+    array = np.random.default_rng(3).normal(-700, 60, (40, 60, 90)).astype(np.int16)
+    d, h, w = np.ogrid[:40, :60, :90]
+    array[(2.5 * (d - 20)) ** 2 + (1.3 * (h - 30)) ** 2 + (0.7 * (w - 45)) ** 2 < 8**2] = 40
+    node, *_ = slicer_scene.oblique_node(array)
+    return node
+
+
+def middle(node):
+    return tuple((geometry.ijkToWorld(node) @ (45, 30, 20, 1))[:3])
+
+
+def nodes_of(scene):
+    return {scene.GetNthNode(i).GetID() for i in range(scene.GetNumberOfNodes())}
+
+
+def files_of(worker):
+    folder = worker.log.parent
+    return [p for p in folder.rglob("*") if p.is_file() and p != worker.log]
+
+
+def begun(explaining, worker):
+    """Wait until it computes."""
+    while explaining.progress is None or explaining.progress.done < 1:
+        worker.poll(0.05)
+        assert not explaining.finished, explaining.error
+    return explaining
+
+
+def test_map_is_that_of_the_library(scan, worker):
+    before = slicer.util.arrayFromVolume(scan).copy()
+    made = asking.Explaining(
+        scan, NETWORK, "hirescam", ["malignant", "benign"], {"positive": False}, middle(scan), worker=worker
+    ).wait()
+    given = mrml.scanOf(scan)
+    volume = mx.Volume(torch.from_numpy(given["data"].astype(np.float32)), given["affine"])
+    below = np.linalg.inv(geometry.ijkToWorld(scan) @ np.linalg.inv(geometry.ijkToRas(scan))) @ (*middle(scan), 1)
+    expected = mx.explain(
+        mx.load_model(NETWORK),
+        volume,
+        "hirescam",
+        target=["malignant", "benign"],
+        region=tuple(below[:3]),
+        positive=False,
+    )
+    for node, saliency in zip(made, expected, strict=True):
+        assert np.count_nonzero(saliency.data) > 1000
+        np.testing.assert_allclose(slicer.util.arrayFromVolume(node), saliency.data[0], atol=1e-5)
+        np.testing.assert_allclose(geometry.ijkToWorld(node), geometry.ijkToWorld(scan), atol=1e-9)
+        assert results.part(node, "Source") is scan
+    assert results.provenance(made[0])["model"]["fingerprint"] == expected[0].provenance.model["fingerprint"]
+    assert np.array_equal(slicer.util.arrayFromVolume(scan), before)
+    assert not files_of(worker)
+
+
+def test_model_predicts(scan, worker):
+    asked = asking.Predicting(scan, NETWORK, middle(scan), worker=worker)
+    asked.wait()
+    assert sum(asked.scores.values()) == pytest.approx(1, abs=1e-5)
+    assert list(asked.scores) == asked.model["class_names"] == ["none", "benign", "malignant"]
+
+
+def test_voxels_changed_in_between_are_seen(scan, worker):
+    def predicted():
+        asked = asking.Predicting(scan, NETWORK, middle(scan), worker=worker)
+        asked.wait()
+        return asked.scores
+
+    first = predicted()
+    slicer.util.arrayFromVolume(scan)[15:25] -= 300
+    slicer.util.arrayFromVolumeModified(scan)
+    assert predicted() != first
+
+
+def test_scan_that_moved_is_another(scan, worker):
+    before = mrml.scanOf(scan)["key"]
+    scan.SetOrigin(1, 2, 3)
+    assert mrml.scanOf(scan)["key"] != before
+
+
+def test_cancelled_run_leaves_nothing(scan, worker, scene):
+    before = nodes_of(scene)
+    explaining = begun(
+        asking.Explaining(scan, NETWORK, "integrated_gradients", "malignant", SLOW, middle(scan), worker=worker), worker
+    )
+    explaining.cancel()
+    with pytest.raises(Cancelled):
+        explaining.wait()
+    assert explaining.state == "cancelled"
+    assert nodes_of(scene) == before
+    assert not files_of(worker)
+
+
+@pytest.mark.parametrize("way", ["removed", "closed"])
+def test_scan_gone_in_mid_run(scan, worker, scene, way):
+    explaining = begun(
+        asking.Explaining(scan, NETWORK, "integrated_gradients", "malignant", SLOW, middle(scan), worker=worker), worker
+    )
+    if way == "removed":
+        scene.RemoveNode(scan)
+    else:
+        scene.Clear()
+    with pytest.raises(MedXAIError, match="removed while"):
+        explaining.wait()
+    assert not results.findExplanations()
+    assert not files_of(worker)
+
+
+def test_worker_killed_ten_times(scan, worker, scene):
+    for _ in range(10):
+        explaining = begun(
+            asking.Explaining(scan, NETWORK, "integrated_gradients", "malignant", SLOW, middle(scan), worker=worker),
+            worker,
+        )
+        before = nodes_of(scene)
+        for process in psutil.Process().children(recursive=True):
+            if "MedXAILib.worker" in " ".join(process.cmdline()):
+                process.kill()
+        with pytest.raises(MedXAIError, match="The worker stopped"):
+            explaining.wait()
+        assert nodes_of(scene) == before
+    (made,) = asking.Explaining(scan, NETWORK, "gradcam", None, region=middle(scan), worker=worker).wait()
+    assert results.findExplanations() == [made]
+    assert not files_of(worker)
+
+
+def test_closed_worker_ends_what_runs(scan):
+    one = workers.Worker()
+    explaining = begun(
+        asking.Explaining(scan, NETWORK, "integrated_gradients", "malignant", SLOW, middle(scan), worker=one), one
+    )
+    folder = one.log.parent
+    one.close()
+    assert explaining.finished
+    assert not folder.exists()
+    assert not [p for p in psutil.Process().children(recursive=True) if str(folder) in " ".join(p.cmdline())]
+
+
+def test_growing_map_is_shown_and_taken_away(scan, worker, scene):
+    seen = []
+
+    def changed(explaining):
+        seen.extend(
+            n.GetName() for n in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") if "so far" in n.GetName()
+        )
+
+    parameters = {"samples": 300}
+    explaining = asking.Explaining(
+        scan, NETWORK, "smoothgrad", "malignant", parameters, middle(scan), onChange=changed, worker=worker
+    )
+    (made,) = explaining.wait()
+    assert seen
+    assert not [n for n in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") if n not in (scan, made)]
+
+
+def test_code_of_a_network_runs_only_when_allowed(scan, worker, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "_memory", {})
+    bundle = tmp_path / "bundle with spaces é"
+    shutil.copytree(NETWORK, bundle)
+    configuration = bundle / "configs" / "inference.json"
+    said = json.loads(configuration.read_text(encoding="utf-8"))
+    said["preprocessing"]["transforms"].append({"_target_": "Lambdad", "keys": "image", "func": "$lambda x: x"})
+    configuration.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(Untrusted) as asked:
+        asking.Predicting(scan, bundle, middle(scan), worker=worker).wait()
+    assert "lambda x: x" in asked.value.code
+    settings.trust(asked.value.code)
+    allowed = asking.Predicting(scan, bundle, middle(scan), worker=worker)
+    allowed.wait()
+    assert allowed.scores
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"model": Path("nowhere")}, "There is no model 'nowhere'"),
+        ({"method": "gradcan"}, "did you mean gradcam"),
+        ({"target": "cyst"}, "cyst"),
+        ({"parameters": {"fuse": "median"}}, "fuse"),
+        ({"region": (0.0, 0.0)}, "A region is"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(scan, worker, scene, fields, said):
+    before = nodes_of(scene)
+    request = {"model": NETWORK, "method": "gradcam", "region": middle(scan), **fields}
+    with pytest.raises(MedXAIError, match=said):
+        asking.Explaining(scan, **request, worker=worker).wait()
+    assert nodes_of(scene) == before
+
+
+def test_channels_must_lie_on_one_grid(scan):
+    other = slicer.util.addVolumeFromArray(np.zeros((40, 60, 90), np.int16), name="Other")
+    with pytest.raises(MedXAIError, match="'Other' is not on the grid of 'Scan'"):
+        mrml.scanOf([scan, other])
+    other.CopyOrientation(scan)
+    with pytest.raises(MedXAIError, match="'Other' is not on the grid of 'Scan'"):
+        mrml.scanOf([scan, other])
+    other.SetAndObserveTransformNodeID(scan.GetTransformNodeID())
+    assert mrml.scanOf([scan, other])["data"].shape == (2, 40, 60, 90)

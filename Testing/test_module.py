@@ -1,0 +1,299 @@
+"""The module as a person uses it: opened, clicked through, saved and loaded again, on a real scan and a real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PySide6")
+slicer = pytest.importorskip("slicer")
+
+import slicer_host  # noqa: E402
+import slicer_scene  # noqa: E402
+import small_explanations  # noqa: E402
+
+import MedXAILib as mx  # noqa: E402
+from MedXAILib.resources import path  # noqa: E402
+
+NODULE = (21.9, 120.5, -611.5)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    with slicer_host.running(tmp_path_factory.mktemp("slicer")) as host:
+        yield host
+        host.close()
+
+
+@pytest.fixture(scope="module")
+def module(host):
+    """The module's widget, opened once: a person does not restart Slicer for each scan either."""
+    widget = host.open("MedXAI")
+    host.until(lambda: widget.logic.methods and widget.explainPanel.chooser.model)
+    return widget
+
+
+@pytest.fixture
+def scan(host, module):
+    """A chest CT, just loaded into an empty scene, and looked at around its nodule."""
+    slicer.mrmlScene.Clear()
+    host.dialogs.clear()
+    host.reply = True
+    node = slicer_scene.read_volume(path("SampleData/chest_ct_nodule.nrrd"), "Chest CT")
+    node.GetDisplayNode().AutoWindowLevelOff()
+    node.GetDisplayNode().SetWindowLevelMinMax(-1350, 150)
+    choices = module.explainPanel.parameterNode
+    choices.inputVolume = node
+    choices.regionKind = "point"
+    choices.point = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", "Look here")
+    choices.point.AddControlPoint(NODULE)
+    module.explainPanel.setParameterNode(choices)
+    host.until(lambda: module.explainPanel.chooser.model)
+    return node
+
+
+def choose(box, data):
+    """Choose an entry of a combo box, as a person does."""
+    index = box.findData(data)
+    assert index >= 0, data
+    box.setCurrentIndex(index)
+    box.activated.emit(index)
+
+
+def press(button):
+    assert button.enabled, button.toolTip
+    button.click()
+
+
+def explained(host, module, method="hirescam", target="malignant", **parameters):
+    """Press Explain and wait for what comes of it."""
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, method)
+    choose(panel.ui.targetSelector, target)
+    panel.parameterNode.methodParameters = json.dumps({method: parameters})
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running is None)
+    assert not panel.ui.statusLabel.text, panel.ui.statusLabel.text
+    return module.logic.explanations()[-1]
+
+
+def begun(host, panel):
+    """Press Explain for something long, and wait until it computes."""
+    choose(panel.ui.methodSelector, "integrated_gradients")
+    slow = {"steps": 1000, "max_steps": 10000, "tolerance": 1e-9}
+    panel.parameterNode.methodParameters = json.dumps({"integrated_gradients": slow})
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running.progress is not None and panel.running.progress.done)
+
+
+def nodes():
+    return {slicer.mrmlScene.GetNthNode(i).GetID() for i in range(slicer.mrmlScene.GetNumberOfNodes())}
+
+
+def test_scan_is_explained(host, module, scan):
+    panel = module.explainPanel
+    press(panel.ui.predictButton)
+    host.until(lambda: panel.running is None)
+    answers = [panel.ui.targetSelector.itemText(i) for i in range(panel.ui.targetSelector.count)]
+    assert answers[-1].startswith("malignant (99.")
+    made = explained(host, module)
+    assert np.linalg.norm(np.subtract(peak(made), NODULE)) < 15
+    assert module.ui.explanationSelector.currentNode() is made
+    assert made.GetAttribute("MedXAI.TargetLabel") == "malignant"
+    assert not host.dialogs
+
+
+def peak(mapNode):
+    from MedXAISlicerLib import geometry
+
+    return geometry.peak(mapNode)
+
+
+def test_history_brings_an_explanation_back(host, module, scan):
+    first, second = explained(host, module), explained(host, module, "gradcam", "benign")
+    assert module.explainPanel.parameterNode.explanation is second
+    module.ui.explanationSelector.setCurrentNode(first)
+    host.process()
+    from MedXAISlicerLib import results
+
+    shown = [results.part(node, "HotSpots").GetDisplayNode().GetVisibility() for node in (first, second)]
+    assert shown == [1, 0]
+
+
+def test_parameters_are_those_of_the_form(host, module, scan):
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, "smoothgrad")
+    import qt
+
+    panel.form.widget.findChild(qt.QSpinBox, "samplesParameter").setValue(3)
+    made = explained(host, module, "smoothgrad", **json.loads(panel.parameterNode.methodParameters)["smoothgrad"])
+    assert json.loads(made.GetAttribute("MedXAI.Provenance"))["parameters"]["samples"] == 3
+    choose(panel.ui.methodSelector, "gradcam")
+    choose(panel.ui.methodSelector, "smoothgrad")
+    assert panel.form.values() == {"samples": 3}
+
+
+def test_cancel_leaves_the_scene_as_it_was(host, module, scan):
+    panel, before = module.explainPanel, nodes()
+    begun(host, panel)
+    assert panel.ui.explainButton.text == "Cancel"
+    assert not panel.ui.progressBar.isHidden()
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running is None)
+    assert panel.ui.explainButton.text == "Explain"
+    assert "Cancelled" in panel.ui.statusLabel.text
+    assert nodes() == before
+
+
+@pytest.mark.parametrize("way", ["scan removed", "scene closed"])
+def test_scan_gone_in_mid_run(host, module, scan, way):
+    panel = module.explainPanel
+    begun(host, panel)
+    if way == "scan removed":
+        slicer.mrmlScene.RemoveNode(scan)
+    else:
+        slicer.mrmlScene.Clear()
+    host.until(lambda: panel.running is None)
+    assert "removed while" in panel.ui.statusLabel.text
+    assert not module.logic.explanations()
+    assert not panel.ui.explainButton.enabled
+    assert "scan" in panel.ui.explainButton.toolTip
+
+
+def test_what_is_lacking_is_said(host, module, scan):
+    panel, choices = module.explainPanel, module.explainPanel.parameterNode
+    choices.regionKind = "roi"
+    assert not panel.ui.explainButton.enabled
+    assert "where to look" in panel.ui.explainButton.toolTip
+    choices.regionKind = "whole"
+    assert panel.ui.explainButton.enabled
+    choices.inputVolume = None
+    assert "Choose a scan" in panel.ui.explainButton.toolTip
+
+
+def test_new_region_of_interest_lies_in_the_scan(host, module, scan):
+    panel = module.explainPanel
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    panel._roiAdded(roi)
+    bounds = np.zeros(6)
+    scan.GetRASBounds(bounds)
+    np.testing.assert_allclose(roi.GetCenter(), bounds.reshape(3, 2).mean(axis=1))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_code_of_a_network_is_asked_about_once(host, module, scan, tmp_path, allowed):
+    bundle = tmp_path / "own code"
+    shutil.copytree(path("Models/lung_nodule"), bundle)
+    configuration = bundle / "configs" / "inference.json"
+    said = json.loads(configuration.read_text(encoding="utf-8"))
+    own = {"_target_": "Lambdad", "keys": "image", "func": f"$lambda x: x if {allowed} else x"}
+    said["preprocessing"]["transforms"].append(own)
+    configuration.write_text(json.dumps(said), encoding="utf-8")
+    panel = module.explainPanel
+    host.reply = allowed
+    host.files.append(str(bundle))
+    choose(panel.ui.modelSelector, "folder")
+    host.until(lambda: host.dialogs)
+    ((_, asked),) = host.dialogs
+    assert "let it run only if you trust its maker" in asked
+    if allowed:
+        host.until(lambda: panel.chooser.model)
+        made = explained(host, module)
+        assert json.loads(made.GetAttribute("MedXAI.Provenance"))["model"]["source"] == str(bundle)
+        panel.chooser.load()
+        host.until(lambda: panel.chooser.model)
+        assert len(host.dialogs) == 1
+    else:
+        host.process()
+        assert panel.chooser.model is None
+    choose(panel.ui.modelSelector, str(path("Models/lung_nodule")))
+    host.until(lambda: panel.chooser.model)
+
+
+def test_saved_scene_comes_back(host, module, scan, tmp_path):
+    first, second = explained(host, module), explained(host, module, "gradcam")
+    from MedXAISlicerLib import layouts
+
+    layouts.compareMaps(first, second)
+    array, text = slicer.util.arrayFromVolume(second).copy(), module.explainPanel.parameterNode.methodParameters
+    bundle = tmp_path / "scene.mrb"
+    slicer_scene.save(bundle)
+    slicer.mrmlScene.Clear()
+    host.process()
+    assert module.ui.explanationSelector.currentNode() is None
+    slicer_scene.load(bundle, tmp_path / "cache")
+    host.process()
+    choices = module.explainPanel.parameterNode
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(choices.explanation), array)
+    assert choices.inputVolume.GetName() == "Chest CT"
+    assert choices.methodParameters == text
+    assert choices.method == "gradcam"
+    assert layouts.current() == "maps"
+    layouts.leave()
+
+
+def test_two_scans_as_channels(host, module, scan):
+    """The form offers as many scans as the network has channels."""
+    panel = module.explainPanel
+    panel.chooser.model = {**panel.chooser.model, "channels": 3}
+    panel._fillChannels()
+    layout = panel.ui.channelsWidget.layout()
+    assert layout.count() == 2
+    other = slicer.util.addVolumeFromArray(slicer.util.arrayFromVolume(scan), name="Other")
+    layout.itemAt(0).widget().setCurrentNode(other)
+    assert panel.parameterNode.moreChannels == [other]
+    # It is not on the grid of the scan.
+    press(panel.ui.explainButton)
+    assert "'Other' is not on the grid of 'Chest CT'" in panel.ui.statusLabel.text
+    panel.parameterNode.moreChannels = []
+    panel.chooser.load()
+    host.until(lambda: panel.chooser.model)
+
+
+def test_self_test_of_the_module(host, module, monkeypatch):
+    monkeypatch.setattr(slicer.util, "loadVolume", lambda file: slicer_scene.read_volume(Path(file), "CT"))
+    slicer.selfTests["MedXAI"]()
+    assert len(module.logic.explanations()) == 1
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return Path(os.environ.get("MEDXAI_PICTURES") or tmp_path_factory.mktemp("pictures"))
+
+
+@slicer_scene.needs_graphics
+def test_pictures(host, module, scan, pictures):
+    """What the documentation shows."""
+    from MedXAISlicerLib import display, layouts, mrml
+
+    panel = module.explainPanel
+    press(panel.ui.predictButton)
+    host.until(lambda: panel.running is None)
+    explained(host, module, "gradcam", "malignant")
+    made = explained(host, module)
+    display.jumpToPeak(made)
+    host.picture(panel.widget, pictures / "panel-explain.png")
+    for tab in module.panels[:1] + module.panels[3:]:
+        host.picture(tab.widget, pictures / f"panel-{tab.uiFile[:-3].lower()}.png")
+    host.window(pictures / "slicer-window.png")
+    volume, region = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd")), NODULE
+    from MedXAISlicerLib import answers
+
+    for made, tab in (
+        (small_explanations.caption(volume, region), module.panels[1]),
+        (small_explanations.similar_cases(volume, region, 3), module.panels[2]),
+    ):
+        (node,) = mrml.addAnswers(scan, [answers.of(made)])
+        panel.parameterNode.explanation = node
+        host.process()
+        host.picture(tab.widget, pictures / f"panel-{tab.uiFile[:-3].lower()}.png")
+    layouts.compareCases(node, [0, 1, 2])
+    module.ui.panelsTabWidget.currentIndex = 2
+    host.window(pictures / "slicer-cases.png")
+    layouts.leave()
+    assert all((pictures / f"{name}.png").stat().st_size < 400_000 for name in ("slicer-window", "slicer-cases"))
