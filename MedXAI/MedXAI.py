@@ -58,12 +58,11 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def setup(self):
         ScriptedLoadableModuleWidget.setup(self)
         # Here, because they need the path that the module adds, and Qt.
+        from MedXAISlicerLib.panels.cases import CasesPanel
+        from MedXAISlicerLib.panels.explain import ExplainPanel
         from MedXAISlicerLib.panels.result import ResultPanel
         from MedXAISlicerLib.panels.settings import SettingsPanel
         from MedXAISlicerLib.panels.trust import TrustPanel
-
-        from MedXAISlicerLib.panels.cases import CasesPanel
-        from MedXAISlicerLib.panels.explain import ExplainPanel
         from MedXAISlicerLib.panels.words import WordsPanel
 
         self.logic = MedXAILogic()
@@ -73,7 +72,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui = slicer.util.childWidgetVariables(self.widget)
         for kind in ("vtkMRMLScalarVolumeNode", "vtkMRMLTextNode", "vtkMRMLTableNode"):
             self.ui.explanationSelector.addAttribute(kind, "MedXAI.Provenance")
-        self.explainPanel = ExplainPanel(self.logic, onExplained=self._explained)
+        self.explainPanel = ExplainPanel(self.logic, onExplained=self._explained, onReady=self._showAgain)
         self.ui.explainCollapsibleButton.layout().addWidget(self.explainPanel.widget)
         self.settingsPanel = SettingsPanel(self.logic, onChanged=self._showStatus)
         self.ui.settingsCollapsibleButton.layout().addWidget(self.settingsPanel.widget)
@@ -81,6 +80,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for panel in self.panels:
             self.ui.panelsTabWidget.addTab(panel.widget, panel.title)
         self.ui.installButton.connect("clicked(bool)", self._install)
+        self.ui.openButton.connect("clicked(bool)", self._open)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._sceneStartsClosing)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self._sceneClosed)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self._sceneLoaded)
@@ -148,6 +148,24 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.logic.show(node)
         for panel in self.panels:
             panel.show(node)
+
+    def _showAgain(self):
+        """Take in what has become known of the methods."""
+        for panel in self.panels:
+            panel.show(self._shown)
+
+    def _open(self, _checked=False):
+        import qt
+
+        from MedXAILib.errors import MedXAIError
+
+        folder = qt.QFileDialog.getExistingDirectory(self.widget, _("The folder of an explanation"))
+        if not folder:
+            return
+        try:
+            self._explained([self.logic.open(self._parameterNode.inputVolume, folder)])
+        except MedXAIError as error:
+            slicer.util.errorDisplay(str(error), windowTitle=_("MedXAI"))
 
     def _sceneStartsClosing(self, *_event):
         self._shown = None
@@ -238,6 +256,16 @@ class MedXAILogic(ScriptedLoadableModuleLogic):
         from MedXAISlicerLib import asking
 
         return asking.Predicting(volumeNode, model, region).wait()
+
+    def open(self, volumeNode, folder):
+        """Add an explanation of a volume that was saved to a folder, of any kind, and show it; returns its node.
+
+        Raises:
+            MedXAIError: when the folder holds none, or one of something else.
+        """
+        from MedXAISlicerLib import answers, mrml
+
+        return mrml.addAnswers(volumeNode, [answers.read(folder)])[0]
 
     def explanations(self):
         """The nodes of all explanations in the scene, oldest first."""

@@ -15,11 +15,12 @@ from slicer_scene import SliceView, SpaceView, oblique_node  # noqa: E402
 
 from MedXAILib.explanation import Provenance, SaliencyMap  # noqa: E402
 from MedXAILib.report import montage  # noqa: E402
-from MedXAISlicerLib import colours, display, geometry, hotspots, mrml, results  # noqa: E402
+from MedXAISlicerLib import answers, colours, display, geometry, hotspots, mrml, results  # noqa: E402
 
 SIZE = (12, 16, 20)  # (D, H, W)
 MADE = Provenance(
     method="hirescam",
+    title="HiResCAM",
     parameters={"positive": True},
     target={"kind": "ClassTarget", "which": 1},
     target_label='bösartig; "a" & <b> 100 %',
@@ -53,13 +54,14 @@ def blob(signed: bool) -> np.ndarray:
 
 
 def add(array: np.ndarray, signed: bool, **changed):
-    """The scan of `oblique_node`, with an explanation whose map is `array`."""
-    scan, *_ = oblique_node(np.random.default_rng(0).normal(size=array.shape).astype(np.float32))
+    """The scan of `oblique_node`, with an explanation whose map is `array`, (D, H, W) or (C, D, H, W)."""
+    scan, *_ = oblique_node(np.random.default_rng(0).normal(size=array.shape[-3:]).astype(np.float32))
     scan.CreateDefaultDisplayNodes()
     made = MADE.model_copy(update=changed)
     affine = geometry.ijkToRas(scan)[:, [2, 1, 0, 3]]
-    saliency = SaliencyMap(made, {"completeness": 0.004}, torch.tensor(array)[None], affine, signed)
-    return scan, mrml.addExplanation(scan, saliency)
+    data = torch.tensor(array).reshape(-1, *array.shape[-3:])
+    saliency = SaliencyMap(made, {"completeness": 0.004}, data, affine, signed)
+    return scan, mrml.addSaliency(scan, answers.of(saliency))
 
 
 def table(node) -> np.ndarray:
@@ -162,16 +164,182 @@ def test_surfaces_are_made_unless_they_would_take_minutes(app, monkeypatch):
 
 def test_statistics_are_in_millilitres_of_the_scene(app):
     array = blob(False)
-    scan, _ = add(array, False)
+    scan, made = add(array, False)
     stretched = slicer.util.arrayFromTransformMatrix(scan.GetParentTransformNode()) @ np.diag([2, 1, 1, 1])
     slicer.util.updateTransformMatrixFromArray(scan.GetParentTransformNode(), stretched)
-    saliency = SaliencyMap(MADE, {}, torch.tensor(array)[None], np.eye(4), False)
-    statistics = results.part(mrml.addExplanation(scan, saliency), "Statistics")
-    lowest = hotspots.thresholds(array, hotspots.SHARES)
+    hotspots.addHotSpots(made)
+    statistics = results.part(made, "Statistics")
+    held = [(t, array[array >= t].sum(dtype=float) / array.sum(dtype=float)) for t in np.unique(array[array > 0])]
+    lowest = [max(t for t, share in held if share >= wanted) for wanted in hotspots.SHARES]
     column = lambda name: slicer.util.arrayFromTableColumn(statistics, name)  # noqa: E731
     np.testing.assert_allclose(column("Volume (mL)"), [2 * 0.7 * 1.3 * 2.5 * (array >= t).sum() / 1000 for t in lowest])
     np.testing.assert_allclose(column("Mean"), [array[array >= t].mean() for t in lowest], rtol=1e-6)
     assert statistics.GetCellText(0, 0) == "50% of what speaks for it"
+
+
+def test_window_of_a_large_map_is_found_from_a_part_of_it(app, monkeypatch):
+    values = np.random.default_rng(0).permutation(np.linspace(-1, 1, 100_000)).astype(np.float32)
+    monkeypatch.setattr(display, "_SAMPLES", 10_000)
+    assert display.windowLimit(values) == pytest.approx(0.99, abs=0.005)
+
+
+def test_opacity_stays_from_map_to_map(app):
+    front, behind, elsewhere = (app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode") for _ in range(3))
+    (scan, one), (_, other) = add(blob(True), True), add(blob(False), False)
+    display.show(one)
+    elsewhere.SetForegroundVolumeID(scan.GetID())
+    before = elsewhere.GetForegroundOpacity()
+    display.setOpacity(0.25)
+    assert front.GetForegroundOpacity() == behind.GetForegroundOpacity() == display.currentOpacity() == 0.25
+    assert elsewhere.GetForegroundOpacity() == before
+    display.show(other)
+    assert front.GetForegroundVolumeID() == other.GetID()
+    assert front.GetForegroundOpacity() == elsewhere.GetForegroundOpacity() == 0.25
+
+
+def test_legend_and_cloud_are_as_wanted_whenever_a_map_is_shown(app):
+    (_, one), (_, other) = add(blob(True), True), add(blob(True), True)
+    legend = slicer.modules.colors.logic().GetColorLegendDisplayNode
+    cloud = slicer.modules.volumerendering.logic().GetFirstVolumeRenderingDisplayNode
+    display.show(one)
+    display.setLegend(one, False)
+    display.setCloud(one, True)
+    assert not legend(one).GetVisibility()
+    assert cloud(one).GetVisibility()
+    display.show(other)
+    assert legend(other).GetVisibility()
+    assert cloud(other) is None
+    assert not cloud(one).GetVisibility()
+    display.show(one)
+    assert not legend(one).GetVisibility()
+    assert cloud(one).GetVisibility()
+    display.setCloud(one, False)
+    display.show(one)
+    assert not cloud(one).GetVisibility()
+
+
+def test_cloud_follows_the_threshold(app):
+    _, made = add(blob(True), True)
+    display.render(made)
+    limit = made.GetDisplayNode().GetWindowLevelMax()
+    cloud = slicer.modules.volumerendering.logic().GetFirstVolumeRenderingDisplayNode(made)
+    assert cloud.GetVolumePropertyNode().GetScalarOpacity().GetValue(limit / 2) > 0
+    display.setThreshold(made, 0.7)
+    assert cloud.GetVolumePropertyNode().GetScalarOpacity().GetValue(limit / 2) == 0
+    assert display.threshold(made) == 0.7
+
+
+def test_one_hot_spot_is_outlined_at_a_time(app):
+    _, made = add(blob(False), False)
+    spots = results.part(made, "HotSpots")
+    for row in (2, 0, 1):
+        display.outline(made, row)
+        outlined = [
+            spots.GetDisplayNode().GetSegmentVisibility2DOutline(i) for i in spots.GetSegmentation().GetSegmentIDs()
+        ]
+        assert outlined == [i == row for i in range(3)]
+
+
+def test_channel_takes_the_place_of_the_map_in_slices(app):
+    view = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    array = np.stack([blob(True), -3 * blob(True)])
+    scan, made = add(array, True)
+    legend = slicer.modules.colors.logic().GetColorLegendDisplayNode
+    display.show(made)
+    assert display.countChannels(made) == 2
+    assert display.channel(made) is None
+    for index in (1, 0):
+        display.showChannel(made, index)
+        shown = app.scene.GetNodeByID(view.GetForegroundVolumeID())
+        np.testing.assert_array_equal(slicer.util.arrayFromVolume(shown), array[index])
+        np.testing.assert_allclose(geometry.ijkToWorld(shown), geometry.ijkToWorld(scan), atol=1e-9)
+        # One window for both, so that they can be compared.
+        limit = np.percentile(np.abs(array[array != 0]), 99)
+        assert shown.GetDisplayNode().GetWindowLevelMax() == pytest.approx(limit)
+        assert display.channel(made) == index
+        assert legend(shown).GetVisibility()
+        assert not legend(made).GetVisibility()
+    display.setThreshold(made, 0.6)
+    assert shown.GetDisplayNode().GetColorNode() is made.GetDisplayNode().GetColorNode()
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(made), array.sum(axis=0))
+    display.showChannel(made, None)
+    assert view.GetForegroundVolumeID() == made.GetID()
+    assert legend(made).GetVisibility()
+    assert not legend(shown).GetVisibility()
+    assert results.findExplanations() == [made]
+
+
+def test_map_without_channels_has_none(app):
+    _, made = add(blob(True), True)
+    assert display.countChannels(made) == 0
+
+
+def caption(scan, words, maps):
+    """A caption of a scan, of which the words have these maps."""
+    affine = geometry.ijkToRas(scan)[:, [2, 1, 0, 3]]
+    files = [f"map-{i}.nrrd" for i in range(len(maps))]
+    manifest = {
+        "kind": "Caption",
+        "provenance": MADE.model_dump(mode="json"),
+        "residual": {},
+        "text": "nodule left",
+        "words": [
+            {"text": text, "start": start, "end": start + len(text), "confidence": None, "map": index, "place": None}
+            for text, start, index in words
+        ],
+        "files": files,
+    }
+    answer = answers.Answer(manifest, {file: (array, affine) for file, array in zip(files, maps, strict=True)})
+    return mrml.addAnswers(scan, [answer])[0]
+
+
+def test_caption_begins_with_its_first_word_that_has_a_map(app):
+    view = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    scan, before = add(blob(True), True)
+    display.show(before)
+    node = caption(scan, [("nodule", 0, 1), ("left", 7, 0)], [blob(True), blob(False)])
+    assert results.part(before, "HotSpots").GetDisplayNode().GetVisibility() == 0
+    shown = app.scene.GetNodeByID(view.GetForegroundVolumeID())
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(shown), blob(False))
+    assert view.GetBackgroundVolumeID() == scan.GetID()
+    display.show(before)
+    assert view.GetForegroundVolumeID() == before.GetID()
+    display.show(node)
+    assert view.GetForegroundVolumeID() == shown.GetID()
+
+
+def test_explanation_without_a_map_shows_the_scan_alone(app):
+    view = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    scan, before = add(blob(True), True)
+    display.show(before)
+    node = caption(scan, [("nodule", 0, None)], [])
+    assert not view.GetForegroundVolumeID()
+    assert view.GetBackgroundVolumeID() == scan.GetID()
+    app.scene.RemoveNode(scan)
+    display.show(node)
+
+
+def test_series_plays_its_volumes_in_order(app):
+    logic = slicer.vtkSlicerSequencesLogic()
+    logic.SetMRMLApplicationLogic(app.logic)
+    logic.SetMRMLScene(app.scene)
+    app.logic.SetModuleLogic("Sequences", logic)
+    scan, made = add(blob(True), True)
+    arrays = [blob(True) * scale for scale in (3, 1, 2)]
+    volumes = [mrml.addMapNode(scan, array, "Layer") for array in arrays]
+    for node in volumes:
+        display.colour(node)
+    limit = volumes[0].GetDisplayNode().GetWindowLevelMax()
+    browser, played = display.sequence(volumes, ["late", "early", "middle"], "Layers")
+    for node in volumes:
+        app.scene.RemoveNode(node)
+    for index, (array, name) in enumerate(zip(arrays, ("late", "early", "middle"), strict=True)):
+        browser.SetSelectedItemNumber(index)
+        np.testing.assert_array_equal(slicer.util.arrayFromVolume(played), array)
+        assert browser.GetMasterSequenceNode().GetNthIndexValue(index) == name
+        np.testing.assert_allclose(geometry.ijkToWorld(played), geometry.ijkToWorld(made), atol=1e-9)
+        assert played.GetDisplayNode().GetColorNode() is colours.colourNode(False)
+        assert played.GetDisplayNode().GetWindowLevelMax() == limit
 
 
 def test_one_map_is_shown_at_a_time(app):
@@ -262,6 +430,8 @@ def test_saved_scene_brings_everything_back(tmp_path, signed):
         view = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
         made = display.restore()
         after = everything(made)
+        assert display.threshold(made) == 0.3
+        assert slicer.modules.volumerendering.logic().GetFirstVolumeRenderingDisplayNode(made).GetVisibility()
         assert view.GetForegroundVolumeID() == made.GetID()
         assert view.GetBackgroundVolumeID() == results.part(made, "Source").GetID()
         np.testing.assert_array_equal(after.pop("map"), before.pop("map"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("PySide6")
 slicer = pytest.importorskip("slicer")
@@ -165,6 +166,17 @@ def test_scan_gone_in_mid_run(host, module, scan, way):
     assert "scan" in panel.ui.explainButton.toolTip
 
 
+def test_another_scene_has_its_own_choices(host, module, scan):
+    """The panel shows what the scene says, not what was chosen in the scene before."""
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, "integrated_gradients")
+    slicer.mrmlScene.Clear()
+    host.process()
+    box = panel.ui.methodSelector
+    assert box.itemData(box.currentIndex) == panel.parameterNode.method == "gradcam"
+    assert "fuse" in panel.form._rows
+
+
 def test_what_is_lacking_is_said(host, module, scan):
     panel, choices = module.explainPanel, module.explainPanel.parameterNode
     choices.regionKind = "roi"
@@ -255,6 +267,24 @@ def test_two_scans_as_channels(host, module, scan):
     host.until(lambda: panel.chooser.model)
 
 
+def test_folder_of_an_explanation_is_opened(host, module, scan, tmp_path):
+    whole = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd"))
+    made = mx.explain(mx.load_model(path("Models/lung_nodule")), whole, "hirescam", "malignant", region=NODULE)
+    host.files += [str(made.save(tmp_path / "explanation")), str(tmp_path)]
+    press(module.ui.openButton)
+    host.process()
+    opened = module.ui.explanationSelector.currentNode()
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(opened), made.data[0])
+    press(module.ui.openButton)
+    assert "holds no explanation" in host.dialogs[-1][1]
+    other = slicer.util.addVolumeFromArray(np.zeros((3, 4, 5)), name="Other")
+    module.explainPanel.parameterNode.inputVolume = other
+    host.files.append(str(tmp_path / "explanation"))
+    press(module.ui.openButton)
+    assert "is not on the grid of 'Other'" in host.dialogs[-1][1]
+    assert module.logic.explanations() == [opened]
+
+
 def test_self_test_of_the_module(host, module, monkeypatch):
     monkeypatch.setattr(slicer.util, "loadVolume", lambda file: slicer_scene.read_volume(Path(file), "CT"))
     slicer.selfTests["MedXAI"]()
@@ -269,31 +299,46 @@ def pictures(tmp_path_factory):
 @slicer_scene.needs_graphics
 def test_pictures(host, module, scan, pictures):
     """What the documentation shows."""
-    from MedXAISlicerLib import display, layouts, mrml
+    from MedXAISlicerLib import answers, layouts, mrml
 
-    panel = module.explainPanel
+    def picture(panel, name):
+        module.ui.panelsTabWidget.setCurrentIndex(module.panels.index(panel) if panel in module.panels else 0)
+        host.process()
+        host.picture(panel.widget, pictures / f"panel-{name}.png")
+
+    panel, (result, words, cases, trust) = module.explainPanel, module.panels
     press(panel.ui.predictButton)
     host.until(lambda: panel.running is None)
-    explained(host, module, "gradcam", "malignant")
-    made = explained(host, module)
-    display.jumpToPeak(made)
-    host.picture(panel.widget, pictures / "panel-explain.png")
-    for tab in module.panels[:1] + module.panels[3:]:
-        host.picture(tab.widget, pictures / f"panel-{tab.uiFile[:-3].lower()}.png")
+    explained(host, module, "integrated_gradients")
+    picture(trust, "trust")
+    explained(host, module)
+    module.ui.panelsTabWidget.setCurrentIndex(0)
     host.window(pictures / "slicer-window.png")
-    volume, region = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd")), NODULE
-    from MedXAISlicerLib import answers
-
-    for made, tab in (
-        (small_explanations.caption(volume, region), module.panels[1]),
-        (small_explanations.similar_cases(volume, region, 3), module.panels[2]),
-    ):
-        (node,) = mrml.addAnswers(scan, [answers.of(made)])
-        panel.parameterNode.explanation = node
-        host.process()
-        host.picture(tab.widget, pictures / f"panel-{tab.uiFile[:-3].lower()}.png")
-    layouts.compareCases(node, [0, 1, 2])
-    module.ui.panelsTabWidget.currentIndex = 2
-    host.window(pictures / "slicer-cases.png")
+    for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
+        width, height, depth = node.GetFieldOfView()
+        node.SetFieldOfView(width / 3, height / 3, depth)
+    module.logic.show(panel.parameterNode.explanation)
+    window(host, pictures / "slicer-window.png")
+    picture(panel, "explain")
+    picture(result, "result")
+    module.ui.settingsCollapsibleButton.collapsed = False
+    picture(module.settingsPanel, "settings")
+    module.ui.settingsCollapsibleButton.collapsed = True
+    whole = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd"))
+    (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.caption(whole, NODULE))])
+    panel.parameterNode.explanation = node
+    picture(words, "words")
+    (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.similar_cases(whole, NODULE))])
+    panel.parameterNode.explanation = node
+    picture(cases, "cases")
+    layouts.compareCases(node, [0, 1, 5])
+    host.process()
+    window(host, pictures / "slicer-cases.png")
     layouts.leave()
-    assert all((pictures / f"{name}.png").stat().st_size < 400_000 for name in ("slicer-window", "slicer-cases"))
+
+
+def window(host, file):
+    """A picture of the module and its views, few enough colours to be small."""
+    host.window(file)
+    Image.open(file).quantize(256).save(file, optimize=True)
+    assert file.stat().st_size < 300_000

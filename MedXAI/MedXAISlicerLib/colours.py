@@ -17,6 +17,7 @@ FAINTEST = 0.2
 """What is less than this part of the window is transparent, so that the scan is seen."""
 
 _KIND = "MedXAI.Colours"
+_CATEGORY = "MedXAI"
 _COUNT = 256
 
 
@@ -36,12 +37,17 @@ def addTable(name, signed):
     node = slicer.vtkMRMLColorTableNode()
     node.SetTypeToUser()
     node.SetName(name)
-    node.SetAttribute("Category", "MedXAI")
+    node.SetAttribute("Category", _CATEGORY)
     node.SetNumberOfColors(_COUNT)
     fill(node, signed, FAINTEST)
     # A hidden colour node is not saved with the scene.
     node.SetHideFromEditors(False)
     return slicer.mrmlScene.AddNode(node)
+
+
+def isOurs(node):
+    """Whether a colour node is one for maps."""
+    return node is not None and node.GetAttribute("Category") == _CATEGORY
 
 
 def fill(node, signed, faintest):

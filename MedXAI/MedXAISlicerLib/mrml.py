@@ -118,10 +118,8 @@ def addAnswers(volumeNode, found):
     Raises:
         MedXAIError: when the volume is not there any more; nothing was added.
     """
-    from MedXAILib.errors import MedXAIError
 
-    if volumeNode.GetScene() is None:
-        raise MedXAIError("The volume was removed while it was explained: load it again, or choose another.")
+    _check(volumeNode)
     add = {"SaliencyMap": addSaliency, "Caption": captions.addCaption, "SimilarCases": cases.addCases}
     nodes = [add[answer.kind](volumeNode, answer) for answer in found]
     display.show(nodes[0])

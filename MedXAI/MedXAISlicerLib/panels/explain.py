@@ -19,14 +19,15 @@ _FLAGS = qt.Qt.UserRole - 1
 
 
 class ExplainPanel(Panel):
-    """Asks, shows how far it is, and lets it be cancelled. `onExplained(nodes)` gets what came of it."""
+    """Asks, shows how far it is, and lets it be cancelled. `onExplained(nodes)` gets what came of it, `onReady()` says
+    that the methods are known."""
 
     uiFile = "Explain.ui"
     title = _("Explain")
 
-    def __init__(self, logic, onExplained):
+    def __init__(self, logic, onExplained, onReady):
         super().__init__(logic)
-        self._onExplained = onExplained
+        self._onExplained, self._onReady = onExplained, onReady
         self.running = None
         self._scores = {}
         self._looked = self._observed = None
@@ -90,6 +91,7 @@ class ExplainPanel(Panel):
             self._select(box, self.parameterNode.method)
             self._showMethod()
             self._update()
+        self._onReady()
 
     def _modelChosen(self, path):
         if path != self.parameterNode.model:
@@ -238,6 +240,10 @@ class ExplainPanel(Panel):
             return
         ui, lacking = self.ui, self._lacking()
         self._select(ui.regionKindSelector, chosen.regionKind)
+        if ui.methodSelector.itemData(ui.methodSelector.currentIndex) != chosen.method:
+            # Another scene, or a script, has chosen.
+            self._select(ui.methodSelector, chosen.method)
+            self._showMethod()
         if self._scores and self._place() != self._looked:
             # They were of another place.
             self._scores = {}

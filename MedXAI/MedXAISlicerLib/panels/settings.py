@@ -30,7 +30,9 @@ class SettingsPanel(Panel):
         )
         ui.commandLineEdit.connect("editingFinished()", self._workerChanged)
         ui.streamCheckBox.connect("toggled(bool)", self._workerChanged)
-        ui.wheelFolderPathLineEdit.connect("currentPathChanged(QString)", lambda path: settings.set("wheelFolder", path))
+        ui.wheelFolderPathLineEdit.connect(
+            "currentPathChanged(QString)", lambda path: settings.set("wheelFolder", path)
+        )
         ui.testButton.connect("clicked(bool)", self._test)
         ui.logButton.connect("clicked(bool)", self._showLog)
 

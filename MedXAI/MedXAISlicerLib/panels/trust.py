@@ -1,0 +1,142 @@
+"""How far an explanation can be trusted: by theory, by how it was computed, and by what its method is known for."""
+
+import json
+from datetime import datetime
+from html import escape
+from pathlib import PurePath
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+from slicer.util import VTKObservationMixin
+
+from MedXAISlicerLib import results
+from MedXAISlicerLib.panels.panel import Panel
+
+# What a residual below each limit is called, and its colour: readable on light and on dark.
+_LEVELS = (
+    (0.01, _("good"), "#2e9e5b"),
+    (0.05, _("fair"), "#d08a00"),
+    (float("inf"), _("poor"), "#d9483b"),
+)
+_THEORY = {
+    "completeness": _("the values of the map should add up to the network's answer; they miss it by {missed}"),
+}
+
+
+class TrustPanel(Panel, VTKObservationMixin):
+    """Says what is known of an explanation of any kind; that colour is not disease stays on the screen always."""
+
+    uiFile = "Trust.ui"
+    title = _("Trust")
+
+    def __init__(self, logic):
+        Panel.__init__(self, logic)
+        VTKObservationMixin.__init__(self)
+        self.ui.theoryLabel.toolTip = _(
+            "By how much the explanation misses what theory demands of it: less than 1 % is good, less than 5 % fair, "
+            "more is poor. That it is good does not make the network right."
+        )
+        self.ui.copyButton.connect("clicked(bool)", self._onCopy)
+        self.addObserver(slicer.mrmlScene, slicer.vtkMRMLScene.NodeRemovedEvent, self._onNodeRemoved)
+        self.show(None)
+
+    def show(self, node):
+        super().show(node)
+        self.ui.emptyLabel.text = _("Choose an explanation above to see how far it can be trusted.")
+        self.ui.emptyLabel.visible = node is None
+        self.ui.trustWidget.visible = node is not None
+        if node is None:
+            return
+        made = results.provenance(node)
+        self.ui.theoryLabel.text = _list(_checked(*one) for one in results.residual(node).items()) or _(
+            "This explanation comes without a check against theory."
+        )
+        self.ui.notesLabel.text = _list(escape(note) for note in made.get("notes", [])) or _(
+            "Nothing unusual: it was computed as asked."
+        )
+        self._fillMethod(made)
+        self.ui.timeLabel.text = _duration(made["seconds"])
+        self.ui.passesLabel.text = _("{forwards} forwards, {backwards} backwards").format(**made)
+        self.ui.memoryLabel.text = _size(made["peak_memory"]) if made["peak_memory"] else _("not measured")
+        self.ui.deviceLabel.text = _("processor (CPU)") if made["device"] == "cpu" else made["device"]
+        self.ui.provenanceText.plainText = _origin(node, made)
+
+    def cleanup(self):
+        self.removeObservers()
+        super().cleanup()
+
+    def _fillMethod(self, made):
+        method = (getattr(self.logic, "methods", None) or {}).get(made["method"])
+        self.ui.methodBox.visible = method is not None
+        if method is None:
+            return
+        self.ui.methodBox.title = _("The method: {title}").format(title=method["title"])
+        self.ui.strengthsLabel.text = method["taxonomy"]["strengths"]
+        self.ui.limitsLabel.text = method["taxonomy"]["limits"]
+        self.ui.paperLabel.text = _("{paper}; section {section} of van der Velden 2022").format(
+            paper=method["paper"], section=method["taxonomy"]["section"]
+        )
+
+    def _onCopy(self, _checked):
+        made, residual = results.provenance(self.node), results.residual(self.node)
+        text = json.dumps({"provenance": made, "residual": residual}, indent=2, ensure_ascii=False)
+        qt.QApplication.clipboard().setText(text)
+
+    def _onNodeRemoved(self, *_event):
+        if self.node is not None and self.node.GetScene() is None:
+            self.show(None)
+
+
+def _checked(name, value):
+    """A residual as a light and a sentence."""
+    word, colour = next((word, colour) for limit, word, colour in _LEVELS if value < limit)
+    missed = f"{value:.1%}" if value >= 0.001 else _("less than 0.1%")
+    said = _THEORY[name].format(missed=missed) if name in _THEORY else f"{escape(name)}: {missed}"
+    return f'<span style="color: {colour}">● <b>{word}</b></span>: {said}'
+
+
+def _list(lines):
+    return "<br>".join(lines)
+
+
+def _duration(seconds):
+    if seconds < 60:
+        return _("{seconds:.1f} s").format(seconds=seconds)
+    return _("{minutes:.0f} min {seconds:.0f} s").format(minutes=seconds // 60, seconds=seconds % 60)
+
+
+def _size(count):
+    """Bytes in the largest unit of which there is one."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:.3g} {units[power]}"
+
+
+def _origin(node, made):
+    """Where an explanation comes from, line by line."""
+    sourceNode, model, volume = results.part(node, "Source"), made["model"], made["volume"]
+    scan = sourceNode.GetName() if sourceNode is not None else PurePath(str(volume.get("source"))).name
+    rows = {
+        _("Network"): model.get("name"),
+        _("Network's files"): model.get("source"),
+        _("Network's fingerprint"): model.get("fingerprint"),
+        _("Scan"): scan,
+        _("Scan's fingerprint"): volume.get("fingerprint"),
+        _("Answer"): made["target_label"],
+        _("Where"): _where(made.get("region")),
+        _("Method"): made["method"],
+        _("Parameters"): ", ".join(f"{name} {value}" for name, value in made["parameters"].items()),
+        _("Seed"): made["seed"],
+        _("Created"): f"{datetime.fromisoformat(made['created']).astimezone():%Y-%m-%d %H:%M:%S}",
+        _("Versions"): ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
+    }
+    return "\n".join(f"{name}: {value}" for name, value in rows.items() if value not in (None, ""))
+
+
+def _where(region):
+    """A centre or a box of two corners, below the scan's own transform, in words."""
+    if not region:
+        return _("the whole scan")
+    corners = region if isinstance(region[0], list) else [region]
+    return _(" to ").join(results.inWords(corner) for corner in corners)

@@ -1,0 +1,44 @@
+"""Maps of the scene as folders on the disk, for the library and the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import slicer
+
+from MedXAISlicerLib import geometry, results
+
+
+def save(mapNode, folder):
+    """Write a map to a new folder as `MedXAILib.load_explanation` reads it. Returns the folder.
+
+    Raises:
+        MedXAIError: when the folder is there already, or cannot be written; then nothing of it is left.
+    """
+    from MedXAILib.errors import MedXAIError
+
+    channels = results.part(mapNode, "Channels")
+    manifest = {
+        "kind": results.kind(mapNode),
+        "provenance": results.provenance(mapNode),
+        "residual": results.residual(mapNode),
+        "files": ["map.nrrd"],
+        "affine": geometry.ijkToRas(mapNode)[:, [2, 1, 0, 3]].tolist(),
+        "signed": results.isSigned(mapNode),
+        "batched": False,
+    }
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise MedXAIError(f"'{folder}' cannot be made ({error.strerror}): choose another folder.") from error
+    writer = slicer.vtkMRMLVolumeArchetypeStorageNode()
+    writer.SetFileName(str(folder / "map.nrrd"))
+    try:
+        if not writer.WriteData(mapNode if channels is None else channels):
+            raise OSError(0, "the map could not be written")
+        (folder / "explanation.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise MedXAIError(f"'{folder}' cannot be written ({error.strerror}): make room, or choose another.") from error
+    return folder
