@@ -188,6 +188,20 @@ def test_what_is_lacking_is_said(host, module, scan):
     assert "Choose a scan" in panel.ui.explainButton.toolTip
 
 
+def test_point_is_placed_with_a_click(host, module, scan):
+    panel = module.explainPanel
+    press(panel.ui.pointButton)
+    selection = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSelectionNode")
+    assert selection.GetActivePlaceNodeID() == panel.parameterNode.point.GetID()
+    interaction = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLInteractionNode")
+    assert interaction.GetCurrentInteractionMode() == interaction.Place
+    # The point there was is gone: there can be only one.
+    assert not panel.parameterNode.point.GetNumberOfControlPoints()
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running is None)
+    assert "has no point: place one" in panel.ui.statusLabel.text
+
+
 def test_new_region_of_interest_lies_in_the_scan(host, module, scan):
     panel = module.explainPanel
     roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")

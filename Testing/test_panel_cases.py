@@ -308,3 +308,11 @@ def test_explanation_that_is_gone_is_not_shown_any_more(host, panel, node, remov
     assert layouts.current() is None
     assert cards(panel) == []
     assert panel.ui.casesWidget.isHidden()
+
+
+def test_cases_that_are_compared_already_are_chosen(host, panel, node):
+    """As after a scene was loaded that was saved with a comparison."""
+    layouts.compareCases(node, [1, 4])
+    panel.show(node)
+    assert chosen(panel) == [1, 4]
+    assert panel.ui.showBesideButton.isChecked()

@@ -14,6 +14,7 @@ slicer = pytest.importorskip("slicer")
 import slicer_scene  # noqa: E402
 from slicer_scene import SliceView, SpaceView  # noqa: E402
 
+import MedXAILib as mx  # noqa: E402
 from MedXAILib.resources import path  # noqa: E402
 from MedXAISlicerLib import display, geometry, mrml, results  # noqa: E402
 
@@ -61,7 +62,7 @@ def test_pictures_of_a_nodule(chest, tmp_path, signed):
     scan, nodule, segmentation, views, space = chest
     made = mrml.explain(
         scan,
-        path("Models/lung_nodule"),
+        mx.load_model(path("Models/lung_nodule")),
         "hirescam",
         target="malignant",
         region=(segmentation, "Nodule"),

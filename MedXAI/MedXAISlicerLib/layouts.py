@@ -74,6 +74,8 @@ def compareCases(node, indices):
     indices = list(indices)
     if not 1 <= len(indices) <= MOST_CASES:
         raise MedXAIError(f"{len(indices)} cases were chosen to compare: choose 1 to {MOST_CASES}.")
+    if results.part(node, "Source") is None:
+        raise MedXAIError(f"The scan of '{node.GetName()}' is not in the scene any more: load it again.")
     found = cases.cases(node)
     for index in indices:
         if found[index]["volume"] is None:
@@ -118,6 +120,13 @@ def current():
     if comparison is None or layoutNode.GetViewArrangement() != _LAYOUTS[comparison["kind"]]:
         return None
     return comparison["kind"]
+
+
+def comparedCases(node):
+    """Which of the cases similar to a scan are on the screen, by their index."""
+    if current() != "cases" or _compared(_layoutNode()) != [node]:
+        return []
+    return _comparison(_layoutNode())["indices"]
 
 
 def _layoutNode():

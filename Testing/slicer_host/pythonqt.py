@@ -1,7 +1,8 @@
 """The module `qt`: PySide6 in the manner of PythonQt, by which Slicer's Python speaks to Qt.
 
 PySide6 has PythonQt's properties as its feature `true_property`, but gives it only to files that ask for it. Here every
-look at a Qt object goes through this file, which does ask, so that the files under test need not.
+look at a Qt object goes through this file, which does ask, so that the files under test need not. Tests take Qt from
+here, too: a file that imports PySide6 itself finds its classes in either manner.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ class CasesPanel(Panel, VTKObservationMixin):
         self.ui.summaryLabel.text = _summary(found)
         self.ui.dissimilarLabel.visible = all(case["similarity"] < ALIKE for case in found)
         self._fill(found)
-        self._choose(self._withImage()[:1] if isOther else self._chosen)
+        self._choose((layouts.comparedCases(node) or self._withImage()[:1]) if isOther else self._chosen)
 
     def cleanup(self):
         self.removeObservers()
