@@ -24,8 +24,14 @@ def shared():
     if _shared is None:
         _shared = Worker()
         if hasattr(slicer, "app"):
-            slicer.app.connect("aboutToQuit()", _shared.close)
+            slicer.app.connect("aboutToQuit()", _end)
     return _shared
+
+
+def _end():
+    global _shared
+    ending, _shared = _shared, None
+    ending.close()
 
 
 class Worker:
