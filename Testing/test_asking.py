@@ -148,6 +148,30 @@ def test_scan_gone_in_mid_run(scan, worker, scene, way):
     assert not files_of(worker)
 
 
+@pytest.mark.parametrize("way", ["cancelled", "removed", "closed"])
+def test_stopped_while_the_result_is_added(scan, worker, scene, way):
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    items, before = hierarchy.GetNumberOfItems(), nodes_of(scene)
+    explaining = asking.Explaining(scan, NETWORK, "gradcam", ["malignant", "benign"], {}, middle(scan), worker=worker)
+    while not results.findExplanations():
+        worker.poll(0.05)
+    assert not explaining.finished
+    if way == "cancelled":
+        explaining.cancel()
+    elif way == "removed":
+        scene.RemoveNode(scan)
+    else:
+        scene.Clear()
+    with pytest.raises(MedXAIError):
+        explaining.wait()
+    assert not results.findExplanations()
+    if way == "cancelled":
+        # The colour table of the scene is for all maps.
+        left = [scene.GetNodeByID(node_id).GetName() for node_id in nodes_of(scene) - before]
+        assert left == ["MedXAI unsigned"]
+        assert hierarchy.GetNumberOfItems() == items
+
+
 def test_worker_killed_ten_times(scan, worker, scene):
     for _ in range(10):
         explaining = begun(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from MedXAISlicerLib import hotspots
+from MedXAISlicerLib import display, hotspots
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Answer:
         return array if array.ndim == 3 else array.sum(axis=-1)
 
     @cached_property
+    def window(self):
+        """Where the colours of a saliency map end."""
+        return display.windowLimit(self.map)
+
+    @cached_property
     def hotSpots(self):
         """The hot spots of a saliency map."""
         return hotspots.find(self.map)
@@ -69,7 +74,7 @@ def read(folder):
         raise MedXAIError(f"The explanation in '{folder}' is damaged ({reason}): compute it again.") from error
     answer = Answer(said, images)
     if answer.kind == "SaliencyMap":
-        _ = answer.hotSpots
+        _ = answer.window, answer.hotSpots
     return answer
 
 

@@ -162,8 +162,7 @@ class Explaining(Asking):
 
     def __init__(self, volumeNode, model, method="gradcam", target=None, parameters=None, region=None, **options):
         self.nodes = []
-        self._partialNode = None
-        self._read = None
+        self._partialNode = self._read = self._adding = None
         super().__init__(
             volumeNode,
             model,
@@ -202,20 +201,28 @@ class Explaining(Asking):
         self._read = _Read(job.result["folders"])
 
     def _advance(self):
-        if self._read is not None and not self._read.is_alive() and not self.finished:
+        over = super()._advance()
+        if self._read is not None and not self._read.is_alive() and not over:
             self._add()
-        return super()._advance()
+        return self.finished
 
     def _add(self):
+        """Do the next piece of adding the result to the scene: all at once would hold up the user interface."""
         from MedXAILib.errors import MedXAIError
 
-        error = self._read.error
-        if error is None and not self._cancelled and not self._lost:
-            try:
-                self.nodes = mrml.addAnswers(self.sourceNode, self._read.answers)
-            except MedXAIError as refused:
-                error = refused
-        self._finish(error)
+        if self._read.error is not None or self._cancelled or self._lost:
+            if self._adding is not None:
+                self._adding.close()
+            self._finish(self._read.error)
+            return
+        self._adding = self._adding or mrml.addingAnswers(self.sourceNode, self._read.answers)
+        try:
+            next(self._adding)
+        except StopIteration as done:
+            self.nodes = done.value
+            self._finish()
+        except MedXAIError as error:
+            self._finish(error)
 
     def _finish(self, error=None):
         if self._partialNode is not None and self._partialNode.GetScene() is not None:

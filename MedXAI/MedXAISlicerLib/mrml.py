@@ -116,13 +116,34 @@ def addAnswers(volumeNode, found):
     """Add explanations of a volume to the scene, whatever their kind, and show the first. Returns their nodes.
 
     Raises:
-        MedXAIError: when the volume is not there any more; nothing was added.
+        MedXAIError: when the volume is not there any more, or they are of something else; nothing was added.
     """
+    adding = addingAnswers(volumeNode, found)
+    while True:
+        try:
+            next(adding)
+        except StopIteration as done:
+            return done.value
 
+
+def addingAnswers(volumeNode, found):
+    """The same in steps, for a user interface that must not stand still: a generator, whose value are the nodes. Closed
+    before its end, it takes away what it has added."""
     _check(volumeNode)
-    add = {"SaliencyMap": addSaliency, "Caption": captions.addCaption, "SimilarCases": cases.addCases}
-    nodes = [add[answer.kind](volumeNode, answer) for answer in found]
-    display.show(nodes[0])
+    nodes = []
+    try:
+        for answer in found:
+            for node in _STEPS[answer.kind](volumeNode, answer):
+                if node not in nodes:
+                    nodes.append(node)
+                yield
+        display.show(nodes[0])
+    except BaseException:
+        for node in nodes:
+            # A scene that was closed has taken them away.
+            if node.GetScene() is not None:
+                results.delete(node)
+        raise
     return nodes
 
 
@@ -135,6 +156,11 @@ def addSaliency(volumeNode, answer):
     Raises:
         MedXAIError: when it is a map of something else.
     """
+    *_, mapNode = _addingSaliency(volumeNode, answer)
+    return mapNode
+
+
+def _addingSaliency(volumeNode, answer):
     from MedXAILib.errors import MedXAIError
 
     array, affine = answer.images[answer.manifest["files"][0]]
@@ -149,13 +175,23 @@ def addSaliency(volumeNode, answer):
     mapNode = addMapNode(volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}")
     results.describe(mapNode, answer)
     mapNode.SetAttribute("MedXAI.Signed", str(int(answer.manifest["signed"])))
+    display.colour(mapNode, answer.window)
+    yield mapNode
     if array.ndim == 4:
         results.setPart(mapNode, "Channels", addMapNode(volumeNode, array, f"{mapNode.GetName()} channels"))
-    display.colour(mapNode)
+        yield mapNode
     hotspots.addHotSpots(mapNode, answer.hotSpots)
+    yield mapNode
     results.addSummary(mapNode)
     results.fileBesideSource(mapNode)
-    return mapNode
+    yield mapNode
+
+
+_STEPS = {
+    "SaliencyMap": _addingSaliency,
+    "Caption": lambda volumeNode, answer: [captions.addCaption(volumeNode, answer)],
+    "SimilarCases": lambda volumeNode, answer: [cases.addCases(volumeNode, answer)],
+}
 
 
 def addMapNode(volumeNode, array, name):

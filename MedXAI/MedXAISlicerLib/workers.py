@@ -13,7 +13,7 @@ import slicer
 from MedXAISlicerLib import settings
 
 # Between two looks at what the worker has said, ms.
-_INTERVAL = 20
+_INTERVAL = 10
 
 _shared = None
 

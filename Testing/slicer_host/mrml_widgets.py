@@ -42,6 +42,19 @@ def _observer(widget, change):
     return call
 
 
+def _node_observer(widget, change):
+    """The same for a node that comes or goes, if it is of a type that the widget shows."""
+    known, call = weakref.ref(widget), _observer(widget, change)
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def about(_scene, _event, node):
+        alive = known()
+        if alive is not None and any(node.IsA(kind) for kind in alive._types):
+            call()
+
+    return about
+
+
 class qMRMLNodeComboBox(qt.QWidget):
     """Chooses one of the scene's nodes, as they come and go."""
 
@@ -71,8 +84,9 @@ class qMRMLNodeComboBox(qt.QWidget):
         self._observed = {}
         self._scene = scene
         if scene is not None:
-            call = _observer(self, qMRMLNodeComboBox._refresh)
             for event in _SCENE_CHANGES:
+                observer = _node_observer if event.startswith("Node") else _observer
+                call = observer(self, qMRMLNodeComboBox._refresh)
                 tag = scene.AddObserver(getattr(slicer.vtkMRMLScene, event), call)
                 self._observed[event] = scene, tag
         self._refresh()
@@ -127,8 +141,7 @@ class qMRMLNodeComboBox(qt.QWidget):
     def _nodes(self):
         if self._scene is None:
             return []
-        nodes = [self._scene.GetNthNode(index) for index in range(self._scene.GetNumberOfNodes())]
-        of_types = [node for node in nodes if any(node.IsA(kind) for kind in self._types)]
+        of_types = [node for kind in self._types for node in slicer.util.getNodesByClass(kind, self._scene)]
         call = _observer(self, qMRMLNodeComboBox._refresh)
         for node in of_types:
             if node.GetID() not in self._observed:
