@@ -241,6 +241,17 @@ def test_code_of_a_network_is_asked_about_once(host, module, scan, tmp_path, all
     host.until(lambda: panel.chooser.model)
 
 
+def test_path_can_be_typed(host, module, scan, monkeypatch):
+    import qt
+
+    panel = module.explainPanel
+    monkeypatch.setattr(qt.QInputDialog, "getText", lambda *_: ("/far/away/bundle", True))
+    choose(panel.ui.modelSelector, "path")
+    host.until(lambda: "There is no model '/far/away/bundle'" in panel.ui.modelInfoLabel.text)
+    choose(panel.ui.modelSelector, str(path("Models/lung_nodule")))
+    host.until(lambda: panel.chooser.model)
+
+
 def test_saved_scene_comes_back(host, module, scan, tmp_path):
     first, second = explained(host, module), explained(host, module, "gradcam")
     from MedXAISlicerLib import layouts

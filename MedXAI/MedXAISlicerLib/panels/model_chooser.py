@@ -26,6 +26,7 @@ class ModelChooser:
         box.insertSeparator(box.count)
         box.addItem(_("Open a bundle folder…"), "folder")
         box.addItem(_("Open a file (zipped bundle, TorchScript)…"), "file")
+        box.addItem(_("Type a path, such as one on the machine that computes…"), "path")
         box.connect("activated(int)", self._activated)
 
     def choose(self, path=""):
@@ -80,8 +81,10 @@ class ModelChooser:
         elif chosen == "file":
             kinds = _("Networks") + " (*.zip *.ts *.pt *.torchscript)"
             chosen = qt.QFileDialog.getOpenFileName(self._box, _("A network"), "", kinds)
-            # PySide gives the filter, too.
-            chosen = chosen[0] if isinstance(chosen, tuple) else chosen
+        elif chosen == "path":
+            chosen = qt.QInputDialog.getText(self._box, _("A network"), _("Path of a bundle or TorchScript file:"))
+        # PySide gives the filter, or whether it was confirmed, too.
+        chosen = chosen[0] if isinstance(chosen, tuple) else chosen
         self.choose(chosen or self.path)
 
 

@@ -1,6 +1,5 @@
 """The parameters of a method as a form, built from what the worker says of them."""
 
-import ctk  # noqa: F401  (makes its widgets known to the loader of .ui files)
 import qt
 from slicer.i18n import tr as _
 
