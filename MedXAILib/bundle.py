@@ -7,15 +7,19 @@ are built without the person's trust.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import pickle
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,8 +98,9 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
                 code,
             )
     try:
-        network = parser.get_parsed_content(definition)
-        transforms = tuple(parser.get_parsed_content(f"_preprocessing::{i}") for i in range(len(items) - 1))
+        with _importable(folder) if trust else contextlib.nullcontext():
+            network = parser.get_parsed_content(definition)
+            transforms = tuple(parser.get_parsed_content(f"_preprocessing::{i}") for i in range(len(items) - 1))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise MedXAIError(f"The configuration of '{source}' cannot be built: {reason}") from error
@@ -116,6 +121,29 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
             **known,
         },
     )
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Inside, the bundle's own Python files can be imported. Afterwards they are forgotten: the next bundle, too,
+    calls its own `scripts`."""
+    own = {path.stem for path in folder.iterdir()}
+
+    def loaded() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in own}
+
+    others = loaded()
+    for name in others:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _json(path: Path) -> dict[str, Any]:

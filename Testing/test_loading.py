@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,31 @@ def test_what_a_person_trusts_is_the_whole_bundle(tmp_path: Path) -> None:
         with (changed / name).open("ab") as file:
             file.write(b" ")
         assert code(changed) != first
+
+
+def test_each_trusted_bundle_has_its_own_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bundle calls them `scripts`, and so may the person."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "__init__.py").write_text("mine = True", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("scripts")
+    for number in (1, 2):
+        path = make_bundle(tmp_path / f"b{number}", network_def={**NETWORK, "_target_": "scripts.grader.Grader"})
+        (path / "scripts").mkdir()
+        (path / "scripts" / "__init__.py").touch()
+        (path / "scripts" / "number.py").write_text(f"NUMBER = {number}", encoding="utf-8")
+        (path / "scripts" / "grader.py").write_text(
+            "from monai.networks.nets import ResNet\n"
+            "from scripts.number import NUMBER\n"
+            "class Grader(ResNet):\n"
+            "    number = NUMBER\n",
+            encoding="utf-8",
+        )
+        archive = Path(shutil.make_archive(str(tmp_path / f"packed{number}"), "zip", tmp_path, f"b{number}"))
+        for source in (path, archive):
+            assert mx.load_model(source, trust=True).network.number == number
+    assert importlib.import_module("scripts") is mine
+    assert not [name for name in sys.modules if name.startswith("scripts.")]
 
 
 def test_trusted_code_runs(tmp_path: Path) -> None:
