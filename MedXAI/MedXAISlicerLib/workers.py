@@ -125,7 +125,8 @@ def command():
     """What starts the worker: the person's own command, or this Slicer's Python."""
     own = settings.get("workerCommand")
     if own:
-        return shlex.split(own, posix=os.name != "nt")
+        # Windows writes paths with backslashes, which POSIX rules would take for something else.
+        return [part.strip('"') for part in shlex.split(own, posix=os.name != "nt")]
     # Within Slicer sys.executable is the application itself.
     return [shutil.which("PythonSlicer") or sys.executable, "-m", "MedXAILib.worker"]
 
