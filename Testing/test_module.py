@@ -334,9 +334,9 @@ def test_pictures(host, module, scan, pictures):
     panel, (result, words, cases, trust) = module.explainPanel, module.panels
     press(panel.ui.predictButton)
     host.until(lambda: panel.running is None)
-    explained(host, module, "integrated_gradients")
+    first = explained(host, module, "integrated_gradients")
     picture(trust, "trust")
-    explained(host, module)
+    second = explained(host, module)
     module.ui.panelsTabWidget.setCurrentIndex(0)
     host.window(pictures / "slicer-window.png")
     for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
@@ -348,6 +348,14 @@ def test_pictures(host, module, scan, pictures):
     picture(result, "result")
     module.ui.settingsCollapsibleButton.collapsed = False
     picture(module.settingsPanel, "settings")
+    layouts.compareMaps(first, second)
+    host.window(pictures / "slicer-maps.png")
+    for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
+        width, height, depth = node.GetFieldOfView()
+        node.SetFieldOfView(width / 3, height / 3, depth)
+        node.JumpSliceByCentering(*peak(second))
+    window(host, pictures / "slicer-maps.png")
+    layouts.leave()
     module.ui.settingsCollapsibleButton.collapsed = True
     whole = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd"))
     (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.caption(whole, NODULE))])
