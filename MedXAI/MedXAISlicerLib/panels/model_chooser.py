@@ -20,6 +20,7 @@ class ModelChooser:
         self.model = None
         self._box, self._label, self._onChosen, self._onLoaded = box, label, onChosen, onLoaded
         demos = sorted(p for p in path("Models").iterdir() if (p / "configs" / "metadata.json").is_file())
+        self._first = str(demos[0])
         recent = [Path(p) for p in settings.get("recentModels")]
         for model in [*demos, *(p for p in recent if p not in demos and p.exists())]:
             self._add(model, box.count, demo=model in demos)
@@ -31,7 +32,7 @@ class ModelChooser:
 
     def choose(self, path=""):
         """Choose a network by its path; the first demonstration when there is none."""
-        path = path or self._box.itemData(0)
+        path = path or self._first
         if self._box.findData(path) < 0:
             self._add(Path(path), 0)
         self._box.currentIndex = self._box.findData(path)
