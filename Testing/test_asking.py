@@ -18,7 +18,7 @@ import slicer_scene  # noqa: E402
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted  # noqa: E402
 from MedXAILib.resources import path  # noqa: E402
-from MedXAISlicerLib import asking, geometry, mrml, results, settings, workers  # noqa: E402
+from MedXAISlicerLib import answers, asking, geometry, mrml, results, settings, workers  # noqa: E402
 
 NETWORK = path("Models/lung_nodule")
 # Long enough to be interrupted.
@@ -93,6 +93,22 @@ def test_map_is_that_of_the_library(scan, worker):
     assert results.provenance(made[0])["model"]["fingerprint"] == expected[0].provenance.model["fingerprint"]
     assert np.array_equal(slicer.util.arrayFromVolume(scan), before)
     assert not files_of(worker)
+
+
+def test_network_for_patches_looks_around_the_middle_of_a_box(scan, worker):
+    box = tuple(np.subtract(middle(scan), (4, 5, 6))), tuple(np.add(middle(scan), (4, 5, 6)))
+    (made,) = asking.Explaining(scan, NETWORK, "gradcam", "malignant", region=box, worker=worker).wait()
+    np.testing.assert_allclose(results.provenance(made)["region"], (geometry.ijkToRas(scan) @ (45, 30, 20, 1))[:3])
+
+
+def test_map_of_another_place_is_refused(scan):
+    place = geometry.ijkToRas(scan)[:, [2, 1, 0, 3]]
+    made = {"method": "gradcam", "target_label": "x", "volume": {"source": "Other"}}
+    manifest = {"kind": "SaliencyMap", "files": ["map"], "provenance": made, "residual": {}, "signed": False}
+    place[0, 3] += 1
+    answer = answers.Answer(manifest, {"map": (np.ones((40, 60, 90), np.float32), place)})
+    with pytest.raises(MedXAIError, match="This map of 'Other' is not on the grid of 'Scan'"):
+        mrml.addAnswers(scan, [answer])
 
 
 def test_model_predicts(scan, worker):

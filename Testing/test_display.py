@@ -326,7 +326,7 @@ def test_series_plays_its_volumes_in_order(app):
     app.logic.SetModuleLogic("Sequences", logic)
     scan, made = add(blob(True), True)
     arrays = [blob(True) * scale for scale in (3, 1, 2)]
-    volumes = [mrml.addMapNode(scan, array, "Layer") for array in arrays]
+    volumes = [results.addMapNode(scan, array, "Layer") for array in arrays]
     for node in volumes:
         display.colour(node)
     limit = volumes[0].GetDisplayNode().GetWindowLevelMax()

@@ -20,7 +20,7 @@ from test_words_and_cases import VOXEL, add_caption, add_cases, add_scan, blob  
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.errors import MedXAIError  # noqa: E402
-from MedXAISlicerLib import answers, captions, cases, display, geometry, layouts, mrml, results  # noqa: E402
+from MedXAISlicerLib import answers, captions, cases, deleting, display, geometry, layouts, mrml, results  # noqa: E402
 
 FOUR_UP = 3
 
@@ -285,9 +285,9 @@ def test_deleting_what_is_compared_leaves_the_comparison(app):
     _, node, *_ = add_cases()
     _, (one, other) = add_maps()
     layouts.compareMaps(one, other)
-    results.delete(node)
+    deleting.delete(node)
     assert layouts.current() == "maps"
-    results.delete(other)
+    deleting.delete(other)
     assert layouts.current() is None and app.layout.GetViewArrangement() == FOUR_UP
     assert results.findExplanations() == [one]
 

@@ -102,7 +102,11 @@ def test_scan_is_explained(host, module, scan):
     host.until(lambda: panel.running is None)
     answers = [panel.ui.targetSelector.itemText(i) for i in range(panel.ui.targetSelector.count)]
     assert answers[-1].startswith("malignant (99.")
+    assert answers[0] == "What it predicts: malignant"
     made = explained(host, module)
+    # What it said was about that place.
+    panel.parameterNode.regionKind = "whole"
+    assert panel.ui.targetSelector.itemText(0) == "What it predicts"
     assert np.linalg.norm(np.subtract(peak(made), NODULE)) < 15
     assert module.ui.explanationSelector.currentNode() is made
     assert made.GetAttribute("MedXAI.TargetLabel") == "malignant"
@@ -231,6 +235,9 @@ def test_code_of_a_network_is_asked_about_once(host, module, scan, tmp_path, all
         host.until(lambda: panel.chooser.model)
         made = explained(host, module)
         assert json.loads(made.GetAttribute("MedXAI.Provenance"))["model"]["source"] == str(bundle)
+        from MedXAISlicerLib import settings
+
+        assert settings.get("recentModels")[0] == str(bundle)
         panel.chooser.load()
         host.until(lambda: panel.chooser.model)
         assert len(host.dialogs) == 1

@@ -225,7 +225,7 @@ def test_explanation_outlives_its_volume(scene):
     scene.RemoveNode(node)
     assert results.part(made, "Source") is None
     assert results.findExplanations() == [made]
-    assert "Scan: Scan" in results.summary(made)
+    assert "Scan: Scan" in results.summary(made, [])
 
 
 def test_results_lie_beside_the_scan_under_its_study():

@@ -12,7 +12,7 @@ import slicer  # noqa: E402
 import small_explanations  # noqa: E402
 from slicer_host import qt  # noqa: E402
 
-from MedXAISlicerLib import answers, cases, layouts, results  # noqa: E402
+from MedXAISlicerLib import answers, cases, deleting, layouts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_same_explanation_again_keeps_what_was_chosen(host, panel, node):
     assert panel.ui.showBesideButton.checked
 
 
-@pytest.mark.parametrize("remove", [results.delete, lambda node: slicer.mrmlScene.Clear(False)])
+@pytest.mark.parametrize("remove", [deleting.delete, lambda node: slicer.mrmlScene.Clear(False)])
 def test_explanation_that_is_gone_is_not_shown_any_more(host, panel, node, remove):
     panel.show(node)
     panel.ui.showBesideButton.click()

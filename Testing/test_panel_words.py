@@ -13,7 +13,7 @@ import slicer  # noqa: E402
 import small_explanations  # noqa: E402
 from slicer_host import qt  # noqa: E402
 
-from MedXAISlicerLib import answers, captions, display, mrml, results  # noqa: E402
+from MedXAISlicerLib import answers, captions, deleting, display, mrml, results  # noqa: E402
 
 SHIFT = np.array([5.0, -7.0, 11.0])
 """Of the transform that the scan is under, mm."""
@@ -283,7 +283,7 @@ def test_nothing_chosen_says_what_to_do(panel):
 def test_caption_that_is_removed_is_not_shown_any_more(host, panel, scan, answer):
     node = captions.addCaption(scan, answer)
     panel.show(node)
-    results.delete(node)
+    deleting.delete(node)
     host.process()
     assert panel.node is None
     assert panel.ui.wordsWidget.isHidden()
@@ -322,4 +322,4 @@ def test_second_caption_takes_the_place_of_the_first(host, panel, scan, answer):
     assert panel.ui.textBrowser.toPlainText() == "A solid nodule."
     assert highlighted(panel) == []
     click(host, panel, "solid")
-    assert next(iter(layers()))[1] == results.maps(second)[1].GetID()
+    assert next(iter(layers()))[1] == results.maps(second)[0].GetID()

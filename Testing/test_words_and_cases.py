@@ -17,7 +17,7 @@ from slicer_scene import SliceView, oblique_node  # noqa: E402
 from test_display import MADE  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
-from MedXAISlicerLib import answers, captions, cases, display, geometry, mrml, results  # noqa: E402
+from MedXAISlicerLib import answers, captions, cases, deleting, display, geometry, mrml, results  # noqa: E402
 
 SIZE = (12, 16, 20)  # (D, H, W)
 CASE_SIZE = (6, 8, 10)
@@ -138,7 +138,7 @@ def test_place_outlives_the_scan(app):
     np.testing.assert_allclose(captions.words(node)[0]["place"], before)
     captions.showWord(node, 0)
     captions.showWord(node, 2)
-    assert "Scan: Scan" in results.summary(node)
+    assert "Scan: Scan" in results.summary(node, [])
 
 
 def test_word_is_shown_over_the_scan_at_its_place(app):
@@ -284,7 +284,7 @@ def test_deleting_leaves_the_scene_as_it_was(app, add):
     hierarchy = app.scene.GetSubjectHierarchyNode()
     folder = hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node))
     assert hierarchy.GetItemName(folder) == node.GetName()
-    results.delete(node)
+    deleting.delete(node)
     left = {i: n for i, n in everything().items() if i not in before}
     of_scan = {own_scan.GetID(), own_scan.GetDisplayNode().GetID(), own_scan.GetTransformNodeID()}
     # The tables of the colours are for the whole scene.
@@ -300,7 +300,7 @@ def test_deleting_leaves_what_was_put_into_its_folder(app):
     folder = hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node))
     note = app.scene.AddNewNodeByClass("vtkMRMLTextNode", "My note")
     hierarchy.CreateItem(folder, note)
-    results.delete(node)
+    deleting.delete(node)
     assert note.GetScene() is not None and hierarchy.GetItemName(folder)
 
 
@@ -368,7 +368,7 @@ def test_saved_scene_brings_it_back(tmp_path: Path, add):
         assert display.restore() is node
         assert view.GetForegroundVolumeID() in [m.GetID() for m in results.maps(node)]
         remaining = everything()
-        results.delete(node)
+        deleting.delete(node)
         assert not results.findExplanations() and len(everything()) < len(remaining)
 
 

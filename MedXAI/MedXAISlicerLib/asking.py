@@ -7,7 +7,7 @@ import threading
 
 import slicer
 
-from MedXAISlicerLib import answers, display, mrml, regions, settings, workers
+from MedXAISlicerLib import answers, display, mrml, regions, results, settings, workers
 
 
 def load(source, onDone, worker=None):
@@ -188,7 +188,7 @@ class Explaining(Asking):
         if self._cancelled or self.sourceNode.GetScene() is None:
             return
         if self._partialNode is None or self._partialNode.GetScene() is None:
-            self._partialNode = mrml.addMapNode(self.sourceNode, array, f"{self.sourceNode.GetName()} so far")
+            self._partialNode = results.addMapNode(self.sourceNode, array, f"{self.sourceNode.GetName()} so far")
             self._partialNode.SetSaveWithScene(False)
         else:
             slicer.util.updateVolumeFromArray(self._partialNode, array)

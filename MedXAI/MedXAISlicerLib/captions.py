@@ -6,7 +6,7 @@ import json
 
 import slicer
 
-from MedXAISlicerLib import display, geometry, mrml, results
+from MedXAISlicerLib import display, geometry, results
 
 
 def addCaption(volumeNode, answer):
@@ -18,11 +18,15 @@ def addCaption(volumeNode, answer):
     textNode.SetText(results.safeText(said["text"]))
     results.describe(textNode, answer)
     results.setPart(textNode, "Source", volumeNode)
-    textNode.SetAttribute("MedXAI.Words", json.dumps(said["words"]))
-    for index, file in enumerate(said["files"]):
+    # In the order of the words, so that the first map is that of the first word that has one.
+    used = [*dict.fromkeys(word["map"] for word in said["words"] if word["map"] is not None)]
+    words = [{**word, "map": None if word["map"] is None else used.index(word["map"])} for word in said["words"]]
+    textNode.SetAttribute("MedXAI.Words", json.dumps(words))
+    for index in used:
         shown = [word["text"] for word in said["words"] if word["map"] == index]
-        addMap(textNode, "Map", volumeNode, answer.images[file][0], f"{textNode.GetName()} {' '.join(shown)}")
-    results.addSummary(textNode)
+        array, _ = answer.images[said["files"][index]]
+        addMap(textNode, "Map", volumeNode, array, f"{textNode.GetName()} {' '.join(shown)}")
+    results.addSummary(textNode, about(textNode))
     results.fileBesideSource(textNode)
     return textNode
 
@@ -32,7 +36,7 @@ def addMap(node, name, volumeNode, array, title):
 
     Returns its index among those under this name.
     """
-    mapNode = mrml.addMapNode(volumeNode, array, title)
+    mapNode = results.addMapNode(volumeNode, array, title)
     mapNode.SetAttribute("MedXAI.Signed", str(int(array.min() < 0)))
     display.colour(mapNode)
     return results.addPart(node, name, mapNode)

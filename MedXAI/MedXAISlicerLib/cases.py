@@ -38,7 +38,7 @@ def addCases(volumeNode, answer):
                 )
         kept.append({**case, **indices})
     tableNode.SetAttribute("MedXAI.Cases", json.dumps(kept))
-    results.addSummary(tableNode)
+    results.addSummary(tableNode, about(tableNode))
     results.fileBesideSource(tableNode)
     return tableNode
 

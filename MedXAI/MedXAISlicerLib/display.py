@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import captions, colours, geometry, results
+from MedXAISlicerLib import colours, geometry, results
 
 OPACITY = 0.6
 """How much maps cover the scan until somebody changes it."""
@@ -22,13 +22,13 @@ _SAMPLES = 1_000_000
 
 def show(node):
     """Show one explanation of any kind and hide the others: its map over its scan in all slice views, with legend, hot
-    spots in 2-D and 3-D. An explanation without a map shows the scan alone. A caption begins with its first word that
-    has a map, similar cases with the map of the scan that was asked about.
+    spots in 2-D and 3-D. An explanation without a map shows the scan alone. A caption begins with its first
+    map, similar cases with the map of the scan that was asked about.
     """
     for other in results.findExplanations():
         for mapNode in results.maps(other):
             setVisible(mapNode, False)
-    mapNode = _firstMap(node)
+    mapNode = next(iter(results.maps(node)), None)
     if mapNode is None:
         slicer.util.setSliceViewerLayers(background=_background(node), foreground=None)
         return
@@ -239,12 +239,6 @@ def sequence(volumeNodes, names, title):
     playedNode.CreateDefaultDisplayNodes()
     playedNode.GetDisplayNode().Copy(volumeNodes[0].GetDisplayNode())
     return browserNode, playedNode
-
-
-def _firstMap(node):
-    if results.kind(node) == "Caption":
-        return next((word["map"] for word in captions.words(node) if word["map"] is not None), None)
-    return next(iter(results.maps(node)), None)
 
 
 def _background(node):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import answers, captions, cases, display, geometry, hotspots, regions, results
+from MedXAISlicerLib import answers, captions, cases, deleting, display, geometry, hotspots, regions, results
 
 # Grids whose voxels are nowhere further apart than this are one, mm.
 _SAME_PLACE = 1e-3
@@ -142,7 +142,7 @@ def addingAnswers(volumeNode, found):
         for node in nodes:
             # A scene that was closed has taken them away.
             if node.GetScene() is not None:
-                results.delete(node)
+                deleting.delete(node)
         raise
     return nodes
 
@@ -172,19 +172,36 @@ def _addingSaliency(volumeNode, answer):
             f"This map of '{made['volume'].get('source')}' is not on the grid of '{volumeNode.GetName()}': choose the "
             "volume that was explained."
         )
-    mapNode = addMapNode(volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}")
+    mapNode = results.addMapNode(
+        volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}"
+    )
     results.describe(mapNode, answer)
     mapNode.SetAttribute("MedXAI.Signed", str(int(answer.manifest["signed"])))
     display.colour(mapNode, answer.window)
     yield mapNode
     if array.ndim == 4:
-        results.setPart(mapNode, "Channels", addMapNode(volumeNode, array, f"{mapNode.GetName()} channels"))
+        results.setPart(mapNode, "Channels", results.addMapNode(volumeNode, array, f"{mapNode.GetName()} channels"))
         yield mapNode
     hotspots.addHotSpots(mapNode, answer.hotSpots)
     yield mapNode
-    results.addSummary(mapNode)
+    results.addSummary(mapNode, _about(mapNode))
     results.fileBesideSource(mapNode)
     yield mapNode
+
+
+def _about(mapNode):
+    lines = [
+        f"What speaks for '{mapNode.GetAttribute('MedXAI.TargetLabel')}'"
+        + (", and against it" if results.isSigned(mapNode) else ""),
+        f"Strongest at {results.inWords(geometry.peak(mapNode))}",
+    ]
+    table = results.part(mapNode, "Statistics")
+    if table is not None:
+        lines += [
+            f"{table.GetCellText(row, 0)} lies in {float(table.GetCellText(row, 1)):.2f} mL"
+            for row in range(table.GetNumberOfRows())
+        ]
+    return lines
 
 
 _STEPS = {
@@ -192,18 +209,3 @@ _STEPS = {
     "Caption": lambda volumeNode, answer: [captions.addCaption(volumeNode, answer)],
     "SimilarCases": lambda volumeNode, answer: [cases.addCases(volumeNode, answer)],
 }
-
-
-def addMapNode(volumeNode, array, name):
-    """Add an array (D, H, W) or (D, H, W, C) to the scene: on the grid and under the transform of `volumeNode`."""
-    kind = "Scalar" if array.ndim == 3 else "Vector"
-    node = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeNode", results.safeName(name))
-    displayNode = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeDisplayNode")
-    # To find a window by itself it would look at every voxel again.
-    displayNode.AutoWindowLevelOff()
-    node.SetAndObserveDisplayNodeID(displayNode.GetID())
-    slicer.util.updateVolumeFromArray(node, array)
-    node.CopyOrientation(volumeNode)
-    node.SetAndObserveTransformNodeID(volumeNode.GetTransformNodeID())
-    results.setPart(node, "Source", volumeNode)
-    return node

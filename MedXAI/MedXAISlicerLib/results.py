@@ -12,14 +12,12 @@ from datetime import datetime
 
 import slicer
 
-from MedXAISlicerLib import captions, cases, geometry, layouts
-
 PARTS = ("Summary", "HotSpots", "Statistics", "Channels")
 
 _SEVERAL = ("Map", "CaseVolume", "CaseMap")
 _CLASSES = ("vtkMRMLScalarVolumeNode", "vtkMRMLTextNode", "vtkMRMLTableNode")
-_OWNED = ("display", "storage", "volumeProperty")
-_FOLDER = "MedXAI.Explanation"
+FOLDER = "MedXAI.Explanation"
+"""The attribute of the folders that explanations are in."""
 
 
 def findExplanations():
@@ -104,6 +102,21 @@ def maps(node):
     return [node] if kind(node) == "SaliencyMap" else list(parts(node, "Map").values())
 
 
+def addMapNode(volumeNode, array, name):
+    """Add an array (D, H, W) or (D, H, W, C) to the scene: on the grid and under the transform of `volumeNode`."""
+    kind = "Scalar" if array.ndim == 3 else "Vector"
+    node = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeNode", safeName(name))
+    displayNode = slicer.mrmlScene.AddNewNodeByClass(f"vtkMRML{kind}VolumeDisplayNode")
+    # To find a window by itself it would look at every voxel again.
+    displayNode.AutoWindowLevelOff()
+    node.SetAndObserveDisplayNodeID(displayNode.GetID())
+    slicer.util.updateVolumeFromArray(node, array)
+    node.CopyOrientation(volumeNode)
+    node.SetAndObserveTransformNodeID(volumeNode.GetTransformNodeID())
+    setPart(node, "Source", volumeNode)
+    return node
+
+
 def isSigned(mapNode):
     """Whether a map speaks for (positive) and against (negative) the target, and not only for it."""
     return mapNode.GetAttribute("MedXAI.Signed") == "1"
@@ -122,22 +135,21 @@ def safeText(text):
     return re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
 
 
-def addSummary(node):
-    """Add what is to be known about an explanation, in words, as a text node."""
+def addSummary(node, about):
+    """Add what is to be known about an explanation, in words, as a text node; it begins with the lines `about` it."""
     textNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTextNode", f"{node.GetName()} summary")
-    textNode.SetText(safeText(summary(node)))
+    textNode.SetText(safeText(summary(node, about)))
     setPart(node, "Summary", textNode)
     return textNode
 
 
-def summary(node):
-    """What is to be known about an explanation, in words."""
+def summary(node, about):
+    """What is to be known about an explanation, in words: the lines `about` it, and how it was made."""
     made = provenance(node)
     sourceNode = part(node, "Source")
-    about = {"SaliencyMap": _aboutMap, "Caption": captions.about, "SimilarCases": cases.about}[kind(node)]
     return "\n".join(
         [
-            *about(node),
+            *about,
             f"Scan: {sourceNode.GetName() if sourceNode else made['volume'].get('source')}",
             f"Network: {made['model'].get('name')}",
             f"Method: {made['method']}"
@@ -156,59 +168,21 @@ def inWords(point):
     return "R {:.0f}, A {:.0f}, S {:.0f} mm".format(*point)
 
 
-def _aboutMap(mapNode):
-    lines = [
-        f"What speaks for '{mapNode.GetAttribute('MedXAI.TargetLabel')}'"
-        + (", and against it" if isSigned(mapNode) else ""),
-        f"Strongest at {inWords(geometry.peak(mapNode))}",
-    ]
-    table = part(mapNode, "Statistics")
-    if table is not None:
-        lines += [
-            f"{table.GetCellText(row, 0)} lies in {float(table.GetCellText(row, 1)):.2f} mL"
-            for row in range(table.GetNumberOfRows())
-        ]
-    return lines
-
-
 def fileBesideSource(node):
     """Put an explanation into a folder beside its scan in the subject hierarchy: under the same study."""
     hierarchyNode = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
     sourceItem = hierarchyNode.GetItemByDataNode(part(node, "Source"))
     beside = hierarchyNode.GetItemParent(sourceItem) if sourceItem else hierarchyNode.GetSceneItemID()
     folder = hierarchyNode.CreateFolderItem(beside, node.GetName())
-    hierarchyNode.SetItemAttribute(folder, _FOLDER, "1")
-    for one in [node, *_belongings(node)]:
+    hierarchyNode.SetItemAttribute(folder, FOLDER, "1")
+    for one in [node, *belongings(node)]:
         # The application gives every node an item; without it there is none yet.
         item = hierarchyNode.GetItemByDataNode(one) or hierarchyNode.CreateItem(folder, one)
         hierarchyNode.SetItemParent(item, folder)
     return folder
 
 
-def delete(node):
-    """Remove an explanation from the scene: its node, what belongs to it and its folder. The scan stays."""
-    hierarchyNode = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
-    folder = hierarchyNode.GetItemParent(hierarchyNode.GetItemByDataNode(node))
-    everything = [node, *_belongings(node)]
-    layouts.leaveIfShown(everything)
-    for one in everything:
-        attached = filter(None, [part(one, "Channel"), part(one, "OwnColours")])
-        for gone in (one, *attached):
-            # The application removes the item with its node; without it nobody does.
-            hierarchyNode.RemoveItem(hierarchyNode.GetItemByDataNode(gone), False, False)
-            _remove(gone)
-    if hierarchyNode.GetItemAttribute(folder, _FOLDER) and not hierarchyNode.GetNumberOfItemChildren(folder):
-        hierarchyNode.RemoveItem(folder)
-
-
-def _belongings(node):
+def belongings(node):
+    """All nodes that belong to an explanation, but for its scan."""
     several = [one for name in _SEVERAL for one in parts(node, name).values()]
     return [*filter(None, (part(node, name) for name in PARTS)), *several]
-
-
-def _remove(node):
-    """Remove a node with how it is displayed and stored, which the scene would keep."""
-    owned = [node.GetNthNodeReference(role, i) for role in _OWNED for i in range(node.GetNumberOfNodeReferences(role))]
-    slicer.mrmlScene.RemoveNode(node)
-    for one in filter(None, owned):
-        _remove(one)

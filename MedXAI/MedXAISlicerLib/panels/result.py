@@ -12,7 +12,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from MedXAISlicerLib import colours, display, layouts, results, saving
+from MedXAISlicerLib import colours, deleting, display, layouts, results, saving
 from MedXAISlicerLib.panels.panel import Panel
 
 _STEPS = 65  # of the drawn colours
@@ -255,7 +255,7 @@ class ResultPanel(Panel, VTKObservationMixin):
     def _onDelete(self, _checked):
         asked = _("Delete this explanation and what belongs to it? The scan stays.\n\n{title}")
         if slicer.util.confirmYesNoDisplay(asked.format(title=results.title(self.node)), windowTitle=_("MedXAI")):
-            results.delete(self.node)
+            deleting.delete(self.node)
 
     def _onNodeRemoved(self, *_event):
         if self.node is None:
