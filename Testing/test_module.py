@@ -264,6 +264,7 @@ def test_saved_scene_comes_back(host, module, scan, tmp_path):
     from MedXAISlicerLib import layouts
 
     layouts.compareMaps(first, second)
+    names = {first.GetName(), second.GetName()}
     array, text = slicer.util.arrayFromVolume(second).copy(), module.explainPanel.parameterNode.methodParameters
     bundle = tmp_path / "scene.mrb"
     slicer_scene.save(bundle)
@@ -278,6 +279,9 @@ def test_saved_scene_comes_back(host, module, scan, tmp_path):
     assert choices.methodParameters == text
     assert choices.method == "gradcam"
     assert layouts.current() == "maps"
+    compared = [n for n in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode") if "Maps" in n.GetLayoutName()]
+    shown = {slicer.mrmlScene.GetNodeByID(node.GetForegroundVolumeID()).GetName() for node in compared}
+    assert shown == names
     layouts.leave()
 
 
