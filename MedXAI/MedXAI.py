@@ -169,7 +169,6 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _sceneStartsClosing(self, *_event):
         self._shown = None
-        self.logic.leaveLayout()
         for panel in self.panels:
             panel.show(None)
         self._setParameterNode(None)
@@ -285,12 +284,6 @@ class MedXAILogic(ScriptedLoadableModuleLogic):
 
         display.restore()
         layouts.restore()
-
-    def leaveLayout(self):
-        """Go back from a comparison to the layout before it."""
-        from MedXAISlicerLib import layouts
-
-        layouts.leave()
 
     def askMethods(self, onKnown):
         """Ask the worker for its methods; `onKnown()` is called when they are there."""

@@ -285,6 +285,24 @@ def test_saved_scene_comes_back(host, module, scan, tmp_path):
     layouts.leave()
 
 
+def test_closing_a_scene_leaves_a_comparison(host, module, scan):
+    from MedXAISlicerLib import layouts
+
+    before = slicer.app.layoutManager().layout
+    layouts.compareMaps(explained(host, module), explained(host, module, "gradcam"))
+    assert slicer.app.layoutManager().layout != before
+    slicer.mrmlScene.Clear()
+    host.process()
+    assert slicer.app.layoutManager().layout == before
+
+
+def test_scan_that_is_there_is_chosen_when_the_module_is_opened(host, module, scan):
+    explained(host, module)
+    module.explainPanel.parameterNode.inputVolume = None
+    module.enter()
+    assert module.explainPanel.parameterNode.inputVolume is scan
+
+
 def test_two_scans_as_channels(host, module, scan):
     """The form offers as many scans as the network has channels."""
     panel = module.explainPanel
