@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("PySide6")
 slicer = pytest.importorskip("slicer")
 
 import slicer_host  # noqa: E402

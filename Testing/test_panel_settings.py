@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("PySide6")
 slicer = pytest.importorskip("slicer")
 
 import slicer_host  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import pytest
 
-pytest.importorskip("PySide6")
 slicer = pytest.importorskip("slicer")
 
 import slicer_host  # noqa: E402

@@ -14,7 +14,7 @@ from MedXAISlicerLib import settings
 def stored(request, monkeypatch, tmp_path):
     """Where settings are kept."""
     if request.param == "file":
-        core = pytest.importorskip("PySide6.QtCore")
+        core = pytest.importorskip("PySide6.QtCore", exc_type=ImportError)
         file = str(tmp_path / "Slicer.ini")
         qt = SimpleNamespace(QSettings=lambda: core.QSettings(file, core.QSettings.Format.IniFormat))
         monkeypatch.setitem(sys.modules, "qt", qt)
