@@ -108,3 +108,12 @@ def oblique() -> mx.Volume:
     """An oblique, anisotropic volume of odd size."""
     data = torch.randn(1, 19, 33, 27, generator=torch.Generator().manual_seed(2))
     return mx.Volume(data, oblique_affine())
+
+
+@pytest.fixture
+def host(tmp_path):
+    """3D Slicer's application, imitated around its real scene; a test file that uses it skips where it cannot be."""
+    import slicer_host
+
+    with slicer_host.running(tmp_path) as host:
+        yield host

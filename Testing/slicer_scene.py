@@ -182,20 +182,14 @@ class _View:
         return vtk_to_numpy(image.GetPointData().GetScalars()).reshape(height, width, -1)[::-1]
 
 
-class SliceView(_View):
-    """One of the slice views. `name` is that of Slicer's own: Red, Green, Yellow."""
+class SliceWindow(_View):
+    """A window on the slice of a slice logic."""
 
-    def __init__(self, app, name: str, orientation: str, size=(480, 480)) -> None:
-        super().__init__(slicer.vtkMRMLSliceViewDisplayableManagerFactory, _IN_SLICES, app.logic, size)
+    def __init__(self, app_logic, logic, size) -> None:
+        super().__init__(slicer.vtkMRMLSliceViewDisplayableManagerFactory, _IN_SLICES, app_logic, size)
+        self.logic = logic
         self.renderer.GetActiveCamera().ParallelProjectionOn()
-        self.logic = slicer.vtkMRMLSliceLogic()
-        self.logic.SetMRMLApplicationLogic(app.logic)
-        self.logic.SetMRMLScene(app.scene)
-        app.logic.GetSliceLogics().AddItem(self.logic)
-        self.node = self.logic.AddSliceNode(name)
-        self.node.SetOrientation(orientation)
-        self.group.SetMRMLDisplayableNode(self.node)
-        self.composite = self.logic.GetSliceCompositeNode()
+        self.group.SetMRMLDisplayableNode(logic.GetSliceNode())
         # The blended image of the slice is RGBA bytes; the application's widget lays it under what the managers draw.
         self.mapper = vtk.vtkImageMapper()
         self.mapper.SetColorWindow(255)
@@ -205,16 +199,32 @@ class SliceView(_View):
         self.actor.GetProperty().SetDisplayLocationToBackground()
         self.renderer.AddViewProp(self.actor)
 
+    def picture(self) -> np.ndarray:
+        connection = self.logic.GetImageDataConnection()
+        self.actor.SetVisibility(connection is not None)
+        self.mapper.SetInputConnection(connection)
+        return super().picture()
+
+
+class SliceView(SliceWindow):
+    """One of the slice views. `name` is that of Slicer's own: Red, Green, Yellow."""
+
+    def __init__(self, app, name: str, orientation: str, size=(480, 480)) -> None:
+        logic = slicer.vtkMRMLSliceLogic()
+        logic.SetMRMLApplicationLogic(app.logic)
+        logic.SetMRMLScene(app.scene)
+        app.logic.GetSliceLogics().AddItem(logic)
+        self.node = logic.AddSliceNode(name)
+        self.node.SetOrientation(orientation)
+        self.composite = logic.GetSliceCompositeNode()
+        super().__init__(app.logic, logic, size)
+
     def fit(self, zoom: float = 1.0) -> None:
         """Fit the background volume, then look `zoom` times closer."""
         self.logic.ResizeSliceNode(*self.window.GetSize())
         self.logic.FitSliceToBackground()
         width, height, depth = self.node.GetFieldOfView()
         self.node.SetFieldOfView(width / zoom, height / zoom, depth)
-
-    def picture(self) -> np.ndarray:
-        self.mapper.SetInputConnection(self.logic.GetImageDataConnection())
-        return super().picture()
 
 
 class SpaceView(_View):

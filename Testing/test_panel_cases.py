@@ -27,12 +27,6 @@ def answer(chest):
 
 
 @pytest.fixture
-def host(tmp_path):
-    with slicer_host.running(tmp_path) as host:
-        yield host
-
-
-@pytest.fixture
 def layoutNode(host):
     node = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLLayoutNode")
     node = node or slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLayoutNode")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 slicer = pytest.importorskip("slicer")
-slicer_host = pytest.importorskip("slicer_host")
+pytest.importorskip("slicer_host")
 
 from slicer_scene import oblique_node  # noqa: E402
 from torch import nn  # noqa: E402
@@ -17,12 +17,6 @@ from torch import nn  # noqa: E402
 import MedXAILib as mx  # noqa: E402
 
 SIZE = (5, 6, 7)  # (D, H, W)
-
-
-@pytest.fixture
-def host(tmp_path):
-    with slicer_host.running(tmp_path) as host:
-        yield host
 
 
 @pytest.fixture

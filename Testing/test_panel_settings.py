@@ -6,16 +6,7 @@ import sys
 
 import pytest
 
-slicer = pytest.importorskip("slicer")
-
-import slicer_host  # noqa: E402
-
-
-@pytest.fixture
-def host(tmp_path):
-    with slicer_host.running(tmp_path) as host:
-        yield host
-        host.close()
+pytest.importorskip("slicer_host")
 
 
 @pytest.fixture

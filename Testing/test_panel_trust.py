@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 slicer = pytest.importorskip("slicer")
-slicer_host = pytest.importorskip("slicer_host")
+pytest.importorskip("slicer_host")
 
 METHODS = {
     "gradient": {
@@ -36,12 +36,6 @@ MADE = {
     "backwards": 3,
     "notes": [],
 }
-
-
-@pytest.fixture
-def host(tmp_path):
-    with slicer_host.running(tmp_path) as host:
-        yield host
 
 
 @pytest.fixture

@@ -31,12 +31,6 @@ def answer(chest):
 
 
 @pytest.fixture
-def host(tmp_path):
-    with slicer_host.running(tmp_path) as host:
-        yield host
-
-
-@pytest.fixture
 def panel(host):
     from MedXAISlicerLib.panels.words import WordsPanel
 

@@ -281,11 +281,7 @@ def _fillChannel(mapNode, index):
     if node is not None:
         slicer.util.updateVolumeFromArray(node, array[..., index])
         return
-    node = slicer.util.addVolumeFromArray(
-        array[..., index], name=slicer.mrmlScene.GenerateUniqueName(f"{mapNode.GetName()} channel")
-    )
-    node.CopyOrientation(mapNode)
-    node.SetAndObserveTransformNodeID(mapNode.GetTransformNodeID())
+    node = results.addMapNode(mapNode, array[..., index], f"{mapNode.GetName()} channel")
     node.SetAttribute("MedXAI.Signed", mapNode.GetAttribute("MedXAI.Signed"))
     colour(node, windowLimit(array))
     node.GetDisplayNode().SetAndObserveColorNodeID(mapNode.GetDisplayNode().GetColorNodeID())

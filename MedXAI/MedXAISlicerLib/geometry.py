@@ -14,6 +14,11 @@ def ijkToRas(volumeNode):
     return slicer.util.arrayFromVTKMatrix(matrix)
 
 
+def affine(volumeNode):
+    """4x4 from voxel index (d, h, w, 1) = (k, j, i, 1), as MedXAILib counts, to RAS mm below the parent transform."""
+    return ijkToRas(volumeNode)[:, [2, 1, 0, 3]]
+
+
 def ijkToWorld(volumeNode):
     """4x4 from voxel index (i, j, k, 1) to RAS mm of the scene; the parent transform must be linear."""
     toWorld = vtk.vtkMatrix4x4()

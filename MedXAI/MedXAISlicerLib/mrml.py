@@ -74,8 +74,7 @@ def scanOf(volumeNode):
         channels.append(np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None])
     return {
         "data": np.concatenate(channels),
-        # Our indices are (d, h, w) = (k, j, i).
-        "affine": geometry.ijkToRas(first)[:, [2, 1, 0, 3]],
+        "affine": geometry.affine(first),
         "source": " + ".join(node.GetName() for node in nodes),
         "key": " ".join(
             f"{node.GetID()} {node.GetImageData().GetMTime()} {hash(geometry.ijkToRas(node).tobytes())}"
@@ -166,7 +165,7 @@ def _addingSaliency(volumeNode, answer):
     array, affine = answer.images[answer.manifest["files"][0]]
     made = answer.provenance
     if array.shape[:3] != slicer.util.arrayFromVolume(volumeNode).shape[:3] or not np.allclose(
-        affine, geometry.ijkToRas(volumeNode)[:, [2, 1, 0, 3]], atol=_SAME_PLACE
+        affine, geometry.affine(volumeNode), atol=_SAME_PLACE
     ):
         raise MedXAIError(
             f"This map of '{made['volume'].get('source')}' is not on the grid of '{volumeNode.GetName()}': choose the "

@@ -24,7 +24,7 @@ def save(mapNode, folder):
         "provenance": results.provenance(mapNode),
         "residual": results.residual(mapNode),
         "files": ["map.nrrd"],
-        "affine": geometry.ijkToRas(mapNode)[:, [2, 1, 0, 3]].tolist(),
+        "affine": geometry.affine(mapNode).tolist(),
         "signed": results.isSigned(mapNode),
         "batched": False,
     }

@@ -3,10 +3,9 @@
 import numpy as np
 import slicer
 import slicer_scene
-import vtk
 
 
-class _Drawn(slicer_scene._View):
+class _Drawn:
     """A picture of one view node."""
 
     def draw(self, width, height):
@@ -18,32 +17,18 @@ class _Drawn(slicer_scene._View):
         self.window.Finalize()
 
 
-class SliceDrawing(_Drawn):
+class SliceDrawing(_Drawn, slicer_scene.SliceWindow):
     """What the slice widget shows."""
 
     def __init__(self, app_logic, logic):
-        managers = slicer_scene._IN_SLICES
-        super().__init__(slicer.vtkMRMLSliceViewDisplayableManagerFactory, managers, app_logic, (400, 300))
-        self.logic = logic
-        self.renderer.GetActiveCamera().ParallelProjectionOn()
-        self.group.SetMRMLDisplayableNode(logic.GetSliceNode())
-        self.mapper = vtk.vtkImageMapper()
-        self.mapper.SetColorWindow(255)
-        self.mapper.SetColorLevel(127.5)
-        self.actor = vtk.vtkActor2D()
-        self.actor.SetMapper(self.mapper)
-        self.actor.GetProperty().SetDisplayLocationToBackground()
-        self.renderer.AddViewProp(self.actor)
+        super().__init__(app_logic, logic, (400, 300))
 
     def draw(self, width, height):
         self.logic.ResizeSliceNode(width, height)
-        connection = self.logic.GetImageDataConnection()
-        self.actor.SetVisibility(connection is not None)
-        self.mapper.SetInputConnection(connection)
         return super().draw(width, height)
 
 
-class SpaceDrawing(_Drawn):
+class SpaceDrawing(_Drawn, slicer_scene._View):
     """What the 3-D widget shows."""
 
     def __init__(self, app_logic, node):

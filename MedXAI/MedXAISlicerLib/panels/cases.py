@@ -9,7 +9,6 @@ import qt
 import slicer
 import vtk
 from slicer.i18n import tr as _
-from slicer.util import VTKObservationMixin
 
 from MedXAISlicerLib import cases, layouts, results
 from MedXAISlicerLib.panels.panel import Panel
@@ -18,15 +17,14 @@ ALIKE = 0.5
 """Where no case reaches this similarity, a person is warned."""
 
 
-class CasesPanel(Panel, VTKObservationMixin):
+class CasesPanel(Panel):
     """Similar cases as cards, the most similar one first."""
 
     uiFile = "Cases.ui"
     title = _("Cases")
 
     def __init__(self, logic):
-        Panel.__init__(self, logic)
-        VTKObservationMixin.__init__(self)
+        super().__init__(logic)
         self._chosen = []
         self.ui.casesList.connect("itemSelectionChanged()", self._onSelection)
         self.ui.casesList.connect("doubleClicked(QModelIndex)", self._onDoubleClick)
@@ -34,7 +32,6 @@ class CasesPanel(Panel, VTKObservationMixin):
         layoutNode = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLLayoutNode")
         if layoutNode is not None:
             self.addObserver(layoutNode, vtk.vtkCommand.ModifiedEvent, self._refreshButton)
-        self.addObserver(slicer.mrmlScene, slicer.vtkMRMLScene.NodeRemovedEvent, self._onNodeRemoved)
         self.show(None)
 
     def show(self, node):
@@ -56,10 +53,6 @@ class CasesPanel(Panel, VTKObservationMixin):
         self.ui.dissimilarLabel.visible = all(case["similarity"] < ALIKE for case in found)
         self._fill(found)
         self._choose((layouts.comparedCases(node) or self._withImage()[:1]) if isOther else self._chosen)
-
-    def cleanup(self):
-        self.removeObservers()
-        super().cleanup()
 
     def _fill(self, found):
         """Make the cards."""
@@ -132,10 +125,6 @@ class CasesPanel(Panel, VTKObservationMixin):
 
     def _onShowBeside(self, checked):
         self._compare(self._chosen if checked else [])
-
-    def _onNodeRemoved(self, *_event):
-        if self.node is not None and self.node.GetScene() is None:
-            self.show(None)
 
 
 def _summary(found):

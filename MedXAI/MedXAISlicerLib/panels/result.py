@@ -10,7 +10,6 @@ import qt
 import slicer
 import vtk
 from slicer.i18n import tr as _
-from slicer.util import VTKObservationMixin
 
 from MedXAISlicerLib import colours, deleting, display, layouts, results, saving
 from MedXAISlicerLib.panels.panel import Panel
@@ -18,15 +17,15 @@ from MedXAISlicerLib.panels.panel import Panel
 _STEPS = 65  # of the drawn colours
 
 
-class ResultPanel(Panel, VTKObservationMixin):
+class ResultPanel(Panel):
     """Shows one map, and follows it: what is removed from the scene or shown otherwise is so here."""
 
     uiFile = "Result.ui"
     title = _("Result")
+    followsParts = True
 
     def __init__(self, logic):
-        Panel.__init__(self, logic)
-        VTKObservationMixin.__init__(self)
+        super().__init__(logic)
         ui = self.ui
         ui.comparedSelector.addAttribute("vtkMRMLScalarVolumeNode", "MedXAI.Provenance")
         # Room for a long one from the start, so that nothing below it moves from map to map.
@@ -47,7 +46,6 @@ class ResultPanel(Panel, VTKObservationMixin):
         ui.spotsTable.connect("itemSelectionChanged()", self._onSpot)
         ui.saveButton.connect("clicked(bool)", self._onSave)
         ui.deleteButton.connect("clicked(bool)", self._onDelete)
-        self.addObserver(slicer.mrmlScene, slicer.vtkMRMLScene.NodeRemovedEvent, self._onNodeRemoved)
         layoutNode = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLLayoutNode")
         if layoutNode is not None:
             self.addObserver(layoutNode, vtk.vtkCommand.ModifiedEvent, self._updateCompare)
@@ -78,10 +76,6 @@ class ResultPanel(Panel, VTKObservationMixin):
         summary = results.part(node, "Summary")
         self.ui.summaryButton.visible = summary is not None
         self.ui.summaryText.plainText = summary.GetText() if summary is not None else ""
-
-    def cleanup(self):
-        self.removeObservers()
-        super().cleanup()
 
     # What the scene holds
 
@@ -256,14 +250,6 @@ class ResultPanel(Panel, VTKObservationMixin):
         asked = _("Delete this explanation and what belongs to it? The scan stays.\n\n{title}")
         if slicer.util.confirmYesNoDisplay(asked.format(title=results.title(self.node)), windowTitle=_("MedXAI")):
             deleting.delete(self.node)
-
-    def _onNodeRemoved(self, *_event):
-        if self.node is None:
-            return
-        if self.node.GetScene() is None:
-            self.show(None)
-        elif not slicer.mrmlScene.IsBatchProcessing():
-            self.show(self.node)
 
 
 def _answers(node):

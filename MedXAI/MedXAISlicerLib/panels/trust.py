@@ -6,9 +6,7 @@ from html import escape
 from pathlib import PurePath
 
 import qt
-import slicer
 from slicer.i18n import tr as _
-from slicer.util import VTKObservationMixin
 
 from MedXAISlicerLib import results
 from MedXAISlicerLib.panels.panel import Panel
@@ -24,21 +22,19 @@ _THEORY = {
 }
 
 
-class TrustPanel(Panel, VTKObservationMixin):
+class TrustPanel(Panel):
     """Says what is known of an explanation of any kind; that colour is not disease stays on the screen always."""
 
     uiFile = "Trust.ui"
     title = _("Trust")
 
     def __init__(self, logic):
-        Panel.__init__(self, logic)
-        VTKObservationMixin.__init__(self)
+        super().__init__(logic)
         self.ui.theoryLabel.toolTip = _(
             "By how much the explanation misses what theory demands of it: less than 1 % is good, less than 5 % fair, "
             "more is poor. That it is good does not make the network right."
         )
         self.ui.copyButton.connect("clicked(bool)", self._onCopy)
-        self.addObserver(slicer.mrmlScene, slicer.vtkMRMLScene.NodeRemovedEvent, self._onNodeRemoved)
         self.show(None)
 
     def show(self, node):
@@ -62,10 +58,6 @@ class TrustPanel(Panel, VTKObservationMixin):
         self.ui.deviceLabel.text = _("processor (CPU)") if made["device"] == "cpu" else made["device"]
         self.ui.provenanceText.plainText = _origin(node, made)
 
-    def cleanup(self):
-        self.removeObservers()
-        super().cleanup()
-
     def _fillMethod(self, made):
         method = (getattr(self.logic, "methods", None) or {}).get(made["method"])
         self.ui.methodBox.visible = method is not None
@@ -82,10 +74,6 @@ class TrustPanel(Panel, VTKObservationMixin):
         made, residual = results.provenance(self.node), results.residual(self.node)
         text = json.dumps({"provenance": made, "residual": residual}, indent=2, ensure_ascii=False)
         qt.QApplication.clipboard().setText(text)
-
-    def _onNodeRemoved(self, *_event):
-        if self.node is not None and self.node.GetScene() is None:
-            self.show(None)
 
 
 def _checked(name, value):

@@ -5,7 +5,6 @@ from html import escape
 import qt
 import slicer
 from slicer.i18n import tr as _
-from slicer.util import VTKObservationMixin
 
 from MedXAISlicerLib import captions, display, results
 from MedXAISlicerLib.panels.panel import Panel
@@ -17,19 +16,18 @@ UNSURE = 0.5
 _GREY = "#767676"
 
 
-class WordsPanel(Panel, VTKObservationMixin):
+class WordsPanel(Panel):
     """The words of an explanation. Those that have a map or a place are links to it."""
 
     uiFile = "Words.ui"
     title = _("Words")
+    followsParts = True
 
     def __init__(self, logic):
-        Panel.__init__(self, logic)
-        VTKObservationMixin.__init__(self)
+        super().__init__(logic)
         self.ui.textBrowser.connect("anchorClicked(QUrl)", self._onWord)
         self.ui.hideMapButton.connect("clicked(bool)", self._onHideMap)
         self.ui.copyButton.connect("clicked(bool)", self._onCopy)
-        self.addObserver(slicer.mrmlScene, slicer.vtkMRMLScene.NodeRemovedEvent, self._onNodeRemoved)
         self.show(None)
 
     def show(self, node):
@@ -50,10 +48,6 @@ class WordsPanel(Panel, VTKObservationMixin):
         self.ui.hideMapButton.visible = any(word["map"] is not None for word in self._words)
         self.ui.warningLabel.visible = isCaption
         self._highlight(self._shownWord())
-
-    def cleanup(self):
-        self.removeObservers()
-        super().cleanup()
 
     def _highlight(self, active):
         """Write the text, with one of the words (an index, or None) marked as the one that is shown."""
@@ -114,14 +108,6 @@ class WordsPanel(Panel, VTKObservationMixin):
 
     def _onCopy(self, _checked):
         qt.QApplication.clipboard().setText(self._text)
-
-    def _onNodeRemoved(self, *_event):
-        if self.node is None:
-            return
-        if self.node.GetScene() is None:
-            self.show(None)
-        elif not slicer.mrmlScene.IsBatchProcessing():
-            self.show(self.node)
 
 
 def _leads(word):
