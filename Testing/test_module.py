@@ -118,6 +118,11 @@ def peak(mapNode):
     return geometry.peak(mapNode)
 
 
+def test_scripts_get_the_scores(module, scan):
+    scores = module.logic.predict(scan, path("Models/lung_nodule"), region=NODULE)
+    assert scores["malignant"] == pytest.approx(0.9995, abs=1e-3)
+
+
 def test_history_brings_an_explanation_back(host, module, scan):
     first, second = explained(host, module), explained(host, module, "gradcam", "benign")
     assert module.explainPanel.parameterNode.explanation is second

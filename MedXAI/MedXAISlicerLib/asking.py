@@ -147,6 +147,15 @@ class Predicting(Asking):
     op = "predict"
     scores = None
 
+    def wait(self):
+        """Wait until it is finished, and return the scores.
+
+        Raises:
+            MedXAIError: why there are none.
+        """
+        super().wait()
+        return self.scores
+
     def _take(self, job):
         self.scores = job.result["scores"]
         self._finish()
