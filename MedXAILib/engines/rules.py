@@ -1,0 +1,417 @@
+"""What operators send back: one mechanism for deconvolution, guided backpropagation, LRP, attention and DeepLIFT.
+
+While the forward runs once, every operator that PyTorch is asked for is seen (`torch.overrides`), and its result is
+replaced by the same values with another way back. No hook, no surgery on modules: functional calls, activations used
+twice or in place, skips, concatenations and shared weights are what they are. A rule says the way back as a forward
+expression, from two pieces: `send` (these values, but what comes back goes there, scaled) and plain autograd.
+
+What comes back to a tensor is a multiplier m. Relevance is m * x (LRP) or m * (x - x') (DeepLIFT); where values are
+added, moved, averaged or interpolated, multipliers go back as gradients do, which is why most operators need no rule.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from MedXAILib.engines.decompositions import DECOMPOSED
+from MedXAILib.engines.operators import (
+    DIVISION,
+    LINEAR,
+    MOVE,
+    PRODUCT,
+    SILENT,
+    UNKNOWN,
+    WEIGHTED,
+    Affine,
+    Normalisation,
+    family,
+    operator,
+    out_of_place,
+    replaced,
+    tensors,
+)
+from MedXAILib.errors import MedXAIError
+from MedXAILib.model import Model
+
+# Values between 0 and 1 that say how much of something counts.
+_GATES = frozenset({"sigmoid", "hardsigmoid", "softmax"})
+
+_SUMS = frozenset("add sub subtract radd rsub".split())
+
+# What may add a constant to something that depends on the input.
+_ADDING = _SUMS | frozenset("cat concat concatenate stack hstack vstack dstack where".split())
+
+PASSED = "passed through"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is known of a tensor that depends on the input."""
+
+    raw: bool = False
+    """Whether its values are the input's own, at most in other places."""
+    gate: bool = False
+    """Whether it says how much of something counts (a sigmoid or softmax)."""
+    call: Call | None = None
+    """The weighted operator that it is the result of, as long as it has no way back, and the `rule` for that."""
+    rule: Rule | None = None
+
+
+class Rule(ABC):
+    """What an operator sends back, as data: a frozen dataclass."""
+
+    title: ClassVar[str]
+    compares: ClassVar[bool] = False
+    """Whether it needs what the operator was given in another forward (`Call.others`)."""
+    through: ClassVar[bool] = False
+    """Whether, of a weighted operator, it goes back through the operator itself (`Call.result`)."""
+
+    @abstractmethod
+    def __call__(self, call: Call) -> Tensor:
+        """The operator's values, with this rule's way back."""
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Which rule for which operator: the first whose key is the operator's name or family, or "first" for the weighted
+    operators on the input itself."""
+
+    rules: tuple[tuple[str, Rule], ...]
+    merges: bool = False
+    """Whether a batch normalisation becomes part of the convolution or linear layer before it."""
+    balanced: bool = False
+    """Whether what constants take is counted, so that the relevance can be added up."""
+    strict: bool = True
+    """Whether operators that are neither linear nor in the list are refused; else they send back their gradient."""
+    shared_gates: bool = False
+    """Whether gates get a share of a product, and not only what they let through."""
+
+    def rule(self, keys: Sequence[str]) -> Rule | None:
+        """The first rule for one of `keys`."""
+        return next((rule for key, rule in self.rules if key in keys), None)
+
+
+@dataclass
+class Book:
+    """What happened on the way: which rule met which operator, and what constants and stabilisers take."""
+
+    met: dict[str, Counter[str]] = field(default_factory=dict)
+    constants: list[Tensor] = field(default_factory=list)
+    """The constants that were added to something, as leaves of the graph."""
+    lost: float = 0.0
+    """The relevance that stabilisers took in the backward so far."""
+
+    def count(self, rule: str, name: str) -> None:
+        """Note that `rule` met an operator."""
+        self.met.setdefault(rule, Counter())[name] += 1
+
+    def constant(self, value: Tensor) -> Tensor:
+        """`value`, so that its share can be asked for later."""
+        leaf = value.detach().requires_grad_()
+        self.constants.append(leaf)
+        return leaf
+
+    @property
+    def ruled(self) -> bool:
+        """Whether any rule met any operator."""
+        return any(rule != PASSED for rule in self.met)
+
+
+@dataclass
+class Call:
+    """An operator being asked for: its `name`, what PyTorch calls it, its arguments (`given` are those that depend on the
+    input), and what `others` it was given in the forward that this one is compared with. A weighted one comes as
+    `affine`, with its `result`."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    book: Book
+    composite: Composite
+    given: list[Tensor]
+    others: tuple[Tensor, ...] = ()
+    affine: Affine | None = None
+    result: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The first tensor that depends on the input."""
+        return self.given[0]
+
+    def plain(self) -> Any:
+        """What it gives, with its own gradient."""
+        return self.func(*self.args, **self.kwargs)
+
+    def value(self, *instead: Tensor) -> Any:
+        """What it gives, without a way back; for tensors `instead` of those given."""
+        with torch.no_grad():
+            return self.on(*instead) if instead else self.plain()
+
+    def on(self, *instead: Tensor) -> Any:
+        """What it gives for tensors `instead` of those given."""
+        new = {id(old): tensor for old, tensor in zip(self.given, instead, strict=True)}
+        swapped = replaced((self.args, self.kwargs), lambda t: new.get(id(t), t))
+        return self.func(*swapped[0], **swapped[1])
+
+    def constant(self, value: Tensor) -> Tensor:
+        """A constant that is added, whose share is counted where the composite wants it."""
+        return self.book.constant(value) if self.composite.balanced else value.detach()
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, book: Book, how: Sequence[tuple[Share, Share]], *ways: Tensor) -> Tensor:
+        ctx.book = book
+        ctx.how = [tuple(None if isinstance(share, Tensor) else share for share in pair) for pair in how]
+        ctx.save_for_backward(*(share for pair in how for share in pair if isinstance(share, Tensor)))
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (m,), saved, back = gradients, iter(ctx.saved_tensors), []
+        for scale, taken in ctx.how:
+            back.append(m * (next(saved) if scale is None else scale) if scale != 1 else m)
+            if taken != 0:
+                taken = next(saved) if taken is None else taken
+                ctx.book.lost += float((back[-1] * taken).sum(dtype=torch.float64))
+        return None, None, None, *back
+
+
+Share = Tensor | float
+Way = tuple[Tensor, Share, Share]
+"""Where relevance goes: to this tensor, as so many times the multiplier, of which so much is taken by a stabiliser."""
+
+
+def send(value: Tensor, *ways: Way, call: Call) -> Tensor:
+    """`value`, with these ways back."""
+    sent: Tensor = _Send.apply(value.detach(), call.book, [way[1:] for way in ways], *(way[0] for way in ways))
+    return sent
+
+
+def trace(tensor: Tensor) -> Trace | None:
+    """What is known of `tensor`; None when it does not depend on the input."""
+    return getattr(tensor, "_medxai", None)
+
+
+def mark(tensor: Tensor, known: Trace) -> Tensor:
+    """`tensor`, known from now on to depend on the input."""
+    tensor._medxai = known  # type: ignore[attr-defined]
+    return tensor
+
+
+Record = list[tuple[str, tuple[Tensor, ...]]]
+"""What operators were given in a forward, in their order, for another to be compared with."""
+
+
+class Interception(TorchFunctionMode):
+    """While this is on, operators send back what `composite` says.
+
+    Work in place becomes work on a copy that takes the original's name.
+    """
+
+    def __init__(self, composite: Composite, record: Record | None = None) -> None:
+        super().__init__()
+        self.composite, self.record = composite, record
+        self.book = Book()
+        self._compared = 0
+        self._stand_ins = WeakTensorKeyDictionary()
+        self._ways = WeakTensorKeyDictionary()
+        self._stale: dict[int, StorageWeakRef] = {}
+
+    def start(self, x: Tensor) -> Tensor:
+        """`x` (N, C, *spatial) as the input to follow from here on."""
+        return mark(x.detach().requires_grad_(), Trace(raw=True))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, inplace = operator(func)
+        target = next(tensors(args), None)
+        args, kwargs = replaced((args, kwargs or {}), self._current)
+        # A list, because each tensor has to be looked at.
+        if name in SILENT or not any([self._follows(t) for t in tensors((args, kwargs))]):
+            return func(*args, **kwargs)
+        func, args, kwargs, inplace = out_of_place(func, name, args, kwargs, inplace)
+        if name in DECOMPOSED:
+            with self:
+                result = DECOMPOSED[name](*args, **kwargs)
+        else:
+            result = self._sent(name, func, args, kwargs)
+        if inplace and target is not None:
+            self._stand_ins[target] = result
+            storage = target.untyped_storage()
+            self._stale[storage.data_ptr()] = StorageWeakRef(storage)
+        return result
+
+    def _sent(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if name == "batch_norm" and self.composite.merges and (merged := self._merged(args, kwargs)) is not None:
+            return merged
+        args, kwargs = replaced((args, kwargs), self._on_its_way)
+        given = [t for t in tensors((args, kwargs)) if trace(t) is not None]
+        known = [trace(t) or Trace() for t in given]
+        call = Call(name, func, args, kwargs, self.book, self.composite, given)
+        kind = _kind(call)
+        raw, gate = all(k.raw for k in known), all(k.gate for k in known)
+        rule = self.composite.rule((*(("first",) if raw and kind == WEIGHTED else ()), name, kind))
+        if rule is None:
+            result = self._passed(call, kind)
+        else:
+            self.book.count(rule.title, name)
+            if kind == WEIGHTED:
+                return self._weighted(call, rule)
+            result = self._by_rule(call, rule)
+        for t in tensors(result):
+            if t.is_floating_point():
+                mark(t, Trace(raw and kind == MOVE, name in _GATES or (gate and kind in (MOVE, LINEAR))))
+        return result
+
+    def _weighted(self, call: Call, rule: Rule) -> Tensor:
+        call.affine = affine = Affine.of(call.func, call.name, call.args, call.kwargs)
+        bias = None if affine.bias is None else call.constant(affine.bias)
+        with torch.set_grad_enabled(rule.through):
+            call.result = affine(affine.x, affine.weight, bias)
+        # A batch normalisation may follow that belongs to it.
+        return mark(call.result, Trace(call=call, rule=rule))
+
+    def _merged(self, args: Any, kwargs: Any) -> Tensor | None:
+        normalisation = Normalisation.of("batch_norm", args, kwargs)
+        before = trace(normalisation.x)
+        if before is None or before.call is None or before.rule is None or normalisation.mean is None:
+            return None
+        gain = normalisation.gain
+        shift = -normalisation.mean * gain + (0 if normalisation.bias is None else normalisation.bias)
+        assert before.call.affine is not None
+        call = replace(before.call, affine=before.call.affine.followed(gain.flatten(), shift.flatten()))
+        with torch.set_grad_enabled(before.rule.through):
+            call.result = torch.addcmul(call.constant(shift), normalisation.x, gain)
+        self.book.count(before.rule.title, "batch_norm")
+        return mark(call.result, Trace(call=call, rule=before.rule))
+
+    def _on_its_way(self, tensor: Tensor) -> Tensor:
+        """`tensor`, with the way back of the weighted operator that it is the result of."""
+        known = trace(tensor)
+        if known is None or known.call is None or known.rule is None:
+            return tensor
+        if tensor not in self._ways:
+            self._ways[tensor] = mark(known.rule(known.call), Trace())
+        return self._ways[tensor]
+
+    def _passed(self, call: Call, kind: str) -> Any:
+        if kind not in (MOVE, LINEAR, WEIGHTED) and self.composite.strict:
+            raise MedXAIError(
+                f"There is no rule for the operator '{call.name}' of this network: use a method that needs none, such "
+                "as gradient or integrated_gradients."
+            )
+        self.book.count(PASSED, call.name)
+        if self.composite.balanced and call.name in _ADDING:
+            numbers = call.name in _SUMS
+            call.args = tuple(call.x.new_tensor(a) if numbers and type(a) in (int, float) else a for a in call.args)
+            call.args = replaced(call.args, self._counted)
+        return call.plain()
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        return self.book.constant(tensor) if tensor.is_floating_point() and trace(tensor) is None else tensor
+
+    def _current(self, tensor: Tensor) -> Tensor:
+        """What stands for `tensor` since it was worked on in place."""
+        while tensor in self._stand_ins:
+            tensor = self._stand_ins[tensor]
+        if self._stale and trace(tensor) is not None:
+            storage = tensor.untyped_storage()
+            old = self._stale.get(storage.data_ptr())
+            if old is not None and not old.expired():
+                raise MedXAIError(
+                    "This network changes a tensor in place and then uses another view of it, which cannot be followed: "
+                    "set inplace=False in its activations, or use gradient or integrated_gradients."
+                )
+        return tensor
+
+    def _follows(self, tensor: Tensor) -> bool:
+        """Whether `tensor` depends on the input."""
+        if trace(tensor) is None and tensor.requires_grad:
+            if not tensor.is_leaf:
+                raise MedXAIError(
+                    f"A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of its "
+                    f"own made a tensor: {type(tensor.grad_fn).__name__}): use gradient or integrated_gradients."
+                )
+            mark(tensor, Trace())
+        return trace(tensor) is not None
+
+    def _by_rule(self, call: Call, rule: Rule) -> Any:
+        if rule.compares:
+            call.others = self._other(call)
+        return rule(call)
+
+    def _other(self, call: Call) -> tuple[Tensor, ...]:
+        """What the operator in the place of `call` was given in the forward that is compared with."""
+        assert self.record is not None
+        name, others = self.record[self._compared] if self._compared < len(self.record) else ("", ())
+        if name != call.name or [t.shape for t in others] != [t.shape for t in call.given]:
+            raise MedXAIError(
+                "This network takes another way for the baseline than for the scan, so that they cannot be compared: use "
+                "gradient_shap or integrated_gradients."
+            )
+        self._compared += 1
+        return others
+
+
+class Recording(Interception):
+    """While this is on, `record` takes what operators are given whose rules compare, and nothing else changes."""
+
+    def __init__(self, composite: Composite) -> None:
+        super().__init__(composite, [])
+
+    def _by_rule(self, call: Call, rule: Rule) -> Any:
+        if rule.compares and self.record is not None:
+            self.record.append((call.name, tuple(t.detach() for t in call.given)))
+        return call.value()
+
+
+@contextmanager
+def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
+    """`mode`, on, for forwards of `model`.
+
+    Raises:
+        MedXAIError: when a part of the network cannot be looked into.
+    """
+    for name, module in model.network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
+            what = f"Layer '{name}'" if name else model.name
+            how = "TorchScript" if isinstance(module, torch.jit.ScriptModule) else "compiled"
+            raise MedXAIError(
+                f"{what} is {how}, and operators inside it cannot be seen: give the network as Python code or a MONAI "
+                "bundle, or use gradient or integrated_gradients."
+            )
+    # A network's own checkpoints would run again in the backward, where nothing is intercepted.
+    with patch.object(torch.utils.checkpoint, "checkpoint", _at_once), mode:
+        yield mode
+
+
+def _at_once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    known = ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state")
+    return function(*args, **{k: v for k, v in options.items() if k not in known})
+
+
+def _kind(call: Call) -> str:
+    """The family of a call: a product with a constant, or a quotient by one, is linear."""
+    kind = family(call.name)
+    if kind == PRODUCT and len(call.given) == 1:
+        return LINEAR
+    if kind == DIVISION and len(call.given) == 1 and call.given[0] is call.args[0] and not call.name.startswith("r"):
+        return LINEAR
+    # A convolution with weights made from the input is none that a rule knows.
+    if kind == WEIGHTED and len(call.given) > 1:
+        return UNKNOWN
+    return kind

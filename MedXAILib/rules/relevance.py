@@ -1,0 +1,209 @@
+"""What relevance R = m * x does at the operators that have no weights.
+
+Bach et al. 2015; for attention and products Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation
+for transformers", 2024; for gates Arras et al., "Explaining recurrent neural network predictions in sentiment analysis",
+2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from MedXAILib.engines.operators import KEEP_ZERO, Normalisation
+from MedXAILib.engines.rules import Call, Rule, send, trace
+
+# Keeps the relevance of a voxel finite whose value is 0 and whose activation is not.
+_STABLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Plain(Rule):
+    """The gradient."""
+
+    title: ClassVar[str] = "gradient"
+
+    def __call__(self, call: Call) -> Any:
+        return call.plain()
+
+
+@dataclass(frozen=True)
+class Passing(Rule):
+    """An activation passes all relevance on: m y / x."""
+
+    title: ClassVar[str] = "passing"
+
+    def __call__(self, call: Call) -> Tensor:
+        y, x = call.value(), call.x.detach()
+        if call.name == "relu":
+            return send(y, (call.x, x > 0, 0.0), call=call)
+        if call.name in KEEP_ZERO:
+            return send(y, (call.x, torch.where(x == 0, 0, y / x), 0.0), call=call)
+        away = torch.where(x < 0, -_STABLE, _STABLE).to(x)
+        return send(y, (call.x, y / (x + away), away), call=call)
+
+
+@dataclass(frozen=True)
+class Held(Rule):
+    """A normalisation whose statistics are held constant is linear."""
+
+    title: ClassVar[str] = "statistics held"
+
+    def __call__(self, call: Call) -> Tensor:
+        n = Normalisation.of(call.name, call.args, call.kwargs)
+        if n.mean is not None:
+            shift = -n.mean * n.gain if n.bias is None else n.bias - n.mean * n.gain
+            return torch.addcmul(call.constant(shift), n.x, n.gain)
+        centred = n.centre(n.x)
+        gain = n.scale(centred.detach())
+        gain = gain if n.weight is None else gain * n.weight
+        y = centred * gain if n.bias is None else torch.addcmul(call.constant(n.bias), centred, gain)
+        return y.reshape(call.x.shape)
+
+
+class _Accounted(torch.autograd.Function):
+    """A softmax y of x; its gradient holds for the linear part of it, and the constant part is counted as lost."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, dim: int, book: Any) -> Tensor:
+        ctx.dim, ctx.book = dim, book
+        ctx.save_for_backward(y, x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (m,), (y, x) = gradients, ctx.saved_tensors
+        # Where a mask says minus infinity, nothing is read.
+        weighted = torch.where(y == 0, 0, y * x)
+        linear = weighted - y * weighted.sum(ctx.dim, keepdim=True)
+        ctx.book.lost += float((m * (y - linear)).sum(dtype=torch.float64))
+        return m, None, None, None
+
+
+@dataclass(frozen=True)
+class Linearised(Rule):
+    """A softmax as its tangent at these values."""
+
+    title: ClassVar[str] = "tangent"
+
+    def __call__(self, call: Call) -> Tensor:
+        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
+        y: Tensor = _Accounted.apply(call.plain(), call.x.detach(), dim, call.book)
+        return y
+
+
+@dataclass(frozen=True)
+class Shares(Rule):
+    """Both factors of a product get half; a gate gets nothing, where the composite says so, and lets all through."""
+
+    title: ClassVar[str] = "shared"
+
+    def __call__(self, call: Call) -> Tensor:
+        a, b = call.given
+        gates = [bool(known and known.gate) for known in (trace(a), trace(b))]
+        if not call.composite.shared_gates and gates[0] != gates[1]:
+            result: Tensor = call.on(a.detach(), b) if gates[0] else call.on(a, b.detach())
+            return result
+        half: Tensor = (call.on(a, b.detach()) + call.on(a.detach(), b)) / 2
+        return half
+
+
+@dataclass(frozen=True)
+class Quotient(Rule):
+    """What is divided by sets the scale only; a constant that is divided takes all."""
+
+    title: ClassVar[str] = "scale held"
+
+    def __call__(self, call: Call) -> Tensor:
+        over, under = call.args[:2] if not call.name.startswith("r") else (call.args[1], call.args[0])
+        if not isinstance(over, Tensor):
+            over = under.new_tensor(over)
+        result: Tensor = (over if trace(over) else call.constant(over)) / under.detach()
+        return result
+
+
+class _Winners(torch.autograd.Function):
+    """A max pooling y of x; what comes back goes to where the maximum is, in equal parts where it is several times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: dict[str, list[int]]) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(x, y)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (m,), (x, y) = gradients, ctx.saved_tensors
+        margin, places = _windows(tuple(x.shape[2:]), tuple(y.shape[2:]), **ctx.options)
+        padded = F.pad(x, margin, value=-torch.inf)
+        m = m / sum((padded[place] == y).to(m) for place in places)
+        back = torch.zeros_like(padded)
+        for place in places:
+            back[place] += m * (padded[place] == y)
+        return F.pad(back, [-edge for edge in margin]), None, None
+
+
+@dataclass(frozen=True)
+class Winners(Rule):
+    """Max pooling sends all to the maximum, and shares between equals."""
+
+    title: ClassVar[str] = "winner takes all"
+
+    def __call__(self, call: Call) -> Any:
+        x, found = call.x, call.value()
+        y = found[0] if isinstance(found, tuple) else found
+        options = _options(call, tuple(x.shape[2:]), tuple(y.shape[2:]))
+        if options is None:
+            return call.plain()
+        sent = _Winners.apply(x, y, options)
+        return (sent, *found[1:]) if isinstance(found, tuple) else sent
+
+
+def _options(call: Call, size: tuple[int, ...], grid: tuple[int, ...]) -> dict[str, list[int]] | None:
+    """How a pooling of an image of `size` moves; None for an adaptive one whose windows are not all alike."""
+    rank = len(size)
+    if call.name == "adaptive_max_pool":
+        if any(s % g for s, g in zip(size, grid, strict=True)):
+            return None
+        step = [s // g for s, g in zip(size, grid, strict=True)]
+        return {"kernel": step, "stride": step, "padding": [0] * rank, "dilation": [1] * rank}
+
+    def option(position: int, key: str, default: Any) -> list[int]:
+        value = call.args[position] if len(call.args) > position else call.kwargs.get(key)
+        value = default if value is None or value == [] else value
+        return list(value) if isinstance(value, (tuple, list)) else [int(value)] * rank
+
+    kernel = option(1, "kernel_size", 1)
+    return {
+        "kernel": kernel,
+        "stride": option(2, "stride", kernel),
+        "padding": option(3, "padding", 0),
+        "dilation": option(4, "dilation", 1),
+    }
+
+
+def _windows(
+    size: tuple[int, ...],
+    grid: tuple[int, ...],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[list[int], list[tuple[slice, ...]]]:
+    """How far to pad an image, and then, for each place in a window, the slices with what all windows have there."""
+    along, margin = [], []
+    for length, count, k, s, p, d in zip(size, grid, kernel, stride, padding, dilation, strict=True):
+        span = (count - 1) * s + 1
+        margin.append((p, max(0, span + d * (k - 1) - length - p)))
+        along.append([slice(i * d, i * d + span, s) for i in range(k)])
+    flat = [edge for pair in reversed(margin) for edge in pair]
+    return flat, [(slice(None), slice(None), *place) for place in _every(along)]
+
+
+def _every(along: list[list[slice]]) -> Iterable[tuple[slice, ...]]:
+    return [()] if not along else [(first, *rest) for first in along[0] for rest in _every(along[1:])]
