@@ -52,6 +52,8 @@ class Provenance(BaseModel):
     forwards: int
     backwards: int
     notes: list[str] = []
+    operators: dict[str, dict[str, int]] = {}
+    """Of a method that has rules for operators: which rule met which, how often."""
 
 
 @dataclass(frozen=True, eq=False)

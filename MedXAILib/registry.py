@@ -9,13 +9,20 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Explainer
+from MedXAILib.visual.attention_relevance import AttentionRelevance
+from MedXAILib.visual.attention_rollout import AttentionRollout
 from MedXAILib.visual.cam import CAM
+from MedXAILib.visual.deconvnet import DeconvNet
+from MedXAILib.visual.deeplift import DeepLIFT
 from MedXAILib.visual.gradcam import GradCAM
 from MedXAILib.visual.gradcam_plus_plus import GradCAMPlusPlus
 from MedXAILib.visual.gradient import Gradient, SmoothGrad, VarGrad
+from MedXAILib.visual.guided_backprop import GuidedBackprop
+from MedXAILib.visual.guided_gradcam import GuidedGradCAM
 from MedXAILib.visual.hirescam import HiResCAM
 from MedXAILib.visual.integrated_gradients import IntegratedGradients
 from MedXAILib.visual.layercam import LayerCAM
+from MedXAILib.visual.lrp import LRP
 from MedXAILib.visual.scorecam import ScoreCAM
 
 EXPLAINERS: dict[str, type[Explainer]] = {
@@ -24,6 +31,8 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         Gradient,
         SmoothGrad,
         VarGrad,
+        DeconvNet,
+        GuidedBackprop,
         IntegratedGradients,
         CAM,
         GradCAM,
@@ -31,6 +40,11 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         HiResCAM,
         LayerCAM,
         ScoreCAM,
+        GuidedGradCAM,
+        LRP,
+        DeepLIFT,
+        AttentionRelevance,
+        AttentionRollout,
     )
 }
 

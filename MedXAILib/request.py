@@ -286,4 +286,5 @@ def _common(
         "forwards": run.cost.forwards,
         "backwards": run.cost.backwards,
         "notes": list(run.notes),
+        "operators": run.operators,
     }

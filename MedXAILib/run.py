@@ -82,6 +82,8 @@ class Run:
     precision: Precision | None = None
     cost: Cost = field(default_factory=Cost, init=False)
     notes: list[str] = field(default_factory=list, init=False)
+    operators: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    """Of a method that has rules for operators: which rule met which, how often."""
     _started: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _glimpse: float = field(default_factory=lambda: time.monotonic() + _GLIMPSE_SECONDS, init=False, repr=False)
 

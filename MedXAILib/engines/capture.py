@@ -132,7 +132,7 @@ def _find_layer(question: Question) -> str:
             if not isinstance(output, Tensor) or len(output) != len(question.x):
                 return
             # Of a transformer only what keeps the tokens' width, not the queries, keys and values inside a block.
-            kept = isinstance(inputs[0], Tensor) and inputs[0].shape == output.shape
+            kept = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].shape == output.shape
             if output.ndim == question.x.ndim or (output.ndim == 3 and kept):
                 order[name] = None
 

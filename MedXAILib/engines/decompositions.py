@@ -67,7 +67,7 @@ def _multi_head_attention(
     else:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    heads = []
+    heads: list[Tensor] = []
     for t, weight, bias in zip((query, key, value), weights, biases, strict=True):
         assert weight is not None
         heads.append(F.linear(t, weight, bias).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3))
@@ -84,7 +84,7 @@ def _multi_head_attention(
     elif mask is not None and mask.dtype == torch.bool:
         # This function says where not to look, attention where to.
         mask = ~mask
-    together = _attention(*heads, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)
+    together = _attention(heads[0], heads[1], heads[2], mask).permute(2, 0, 1, 3).flatten(2)
     result = F.linear(together, out_proj_weight, out_proj_bias)
     return (result[:, 0] if alone else result), None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 WEIGHTED = "weighted"
 ACTIVATION = "activation"
 NORMALISATION = "normalisation"
+FIXED = "fixed normalisation"
 SOFTMAX = "softmax"
 PRODUCT = "product"
 DIVISION = "division"
@@ -41,7 +42,7 @@ MEMBERS = {
     PRODUCT: frozenset("mul multiply rmul matmul rmatmul mm bmm mv dot inner outer einsum tensordot".split()),
     DIVISION: frozenset("div divide true_divide truediv rdiv rtruediv".split()),
     POOLING: frozenset({"max_pool", "adaptive_max_pool"}),
-    MAXIMUM: frozenset({"amax", "max", "amin", "min", "maximum", "minimum"}),
+    MAXIMUM: frozenset({"amax", "max", "amin", "min"}),
     # What changes the place of values, or drops some of them, and not the values.
     MOVE: frozenset(
         "reshape view view_as reshape_as flatten unflatten ravel permute transpose t adjoint movedim moveaxis swapaxes "
@@ -115,8 +116,8 @@ _COPYING: dict[str, Callable[..., Tensor]] = {
 
 # Those that PyTorch's modules tell by their last argument that they may work in place.
 _INPLACE_LAST = frozenset(
-    "relu relu6 elu leaky_relu hardtanh celu selu silu mish hardswish hardsigmoid threshold rrelu dropout alpha_dropout "
-    "feature_alpha_dropout".split()
+    "relu relu6 elu leaky_relu hardtanh celu selu silu mish hardswish hardsigmoid threshold rrelu dropout "
+    "alpha_dropout feature_alpha_dropout".split()
 )
 
 
@@ -166,7 +167,9 @@ class Affine:
     def of(cls, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Affine:
         """That of a call."""
         kwargs = dict(kwargs)
-        given = [args[i] if len(args) > i else kwargs.pop(key, None) for i, key in enumerate(("input", "weight", "bias"))]
+        given = [
+            args[i] if len(args) > i else kwargs.pop(key, None) for i, key in enumerate(("input", "weight", "bias"))
+        ]
         return cls(func, name, *given, args[3:], kwargs)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -182,6 +185,7 @@ class Affine:
             gain = gain.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).reshape(weight.shape[:2])
         weight = weight * gain.reshape(*gain.shape, *[1] * (weight.ndim - gain.ndim))
         return Affine(self.func, self.name, self.x, weight, bias, self.options, self.keywords)
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -231,8 +235,8 @@ class Normalisation:
             groups = given["num_groups"]
             inner = (1, groups, -1, *[1] * (x.ndim - 2))
             parted = x.unflatten(1, (groups, -1))
-            parts = [None if p is None else p.reshape(inner) for p in (weight, bias)]
-            return cls(parted, tuple(range(2, parted.ndim)), *parts, 1e-5 if eps is None else eps)
+            weight, bias = (None if p is None else p.reshape(inner) for p in (weight, bias))
+            return cls(parted, tuple(range(2, parted.ndim)), weight, bias, 1e-5 if eps is None else eps)
         dims = tuple(range(-len(given["normalized_shape"]), 0))
         if eps is None:
             eps = 1e-5 if name == "layer_norm" else torch.finfo(x.dtype).eps

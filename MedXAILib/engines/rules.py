@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from MedXAILib.engines.decompositions import DECOMPOSED
 from MedXAILib.engines.operators import (
     DIVISION,
+    FIXED,
     LINEAR,
     MOVE,
     PRODUCT,
@@ -44,6 +45,7 @@ from MedXAILib.engines.operators import (
     tensors,
 )
 from MedXAILib.errors import MedXAIError
+from MedXAILib.explainer import Question
 from MedXAILib.model import Model
 
 # Values between 0 and 1 that say how much of something counts.
@@ -53,6 +55,9 @@ _SUMS = frozenset("add sub subtract radd rsub".split())
 
 # What may add a constant to something that depends on the input.
 _ADDING = _SUMS | frozenset("cat concat concatenate stack hstack vstack dstack where".split())
+
+# What makes its first argument like its second.
+_LIKE = frozenset("to type_as expand_as view_as reshape_as".split())
 
 PASSED = "passed through"
 
@@ -132,8 +137,8 @@ class Book:
 
 @dataclass
 class Call:
-    """An operator being asked for: its `name`, what PyTorch calls it, its arguments (`given` are those that depend on the
-    input), and what `others` it was given in the forward that this one is compared with. A weighted one comes as
+    """An operator being asked for: its `name`, what PyTorch calls it, its arguments (`given` are those that depend on
+    the input), and what `others` it was given in the forward that this one is compared with. A weighted one comes as
     `affine`, with its `result`."""
 
     name: str
@@ -240,8 +245,11 @@ class Interception(TorchFunctionMode):
         name, inplace = operator(func)
         target = next(tensors(args), None)
         args, kwargs = replaced((args, kwargs or {}), self._current)
-        # A list, because each tensor has to be looked at.
-        if name in SILENT or not any([self._follows(t) for t in tensors((args, kwargs))]):
+        if name in _LIKE:
+            args = args[:1] + replaced(args[1:], _untraced)
+        # Every tensor has to be looked at.
+        given = [t for t in tensors((args, kwargs)) if self._follows(t)]
+        if name in SILENT or not given:
             return func(*args, **kwargs)
         func, args, kwargs, inplace = out_of_place(func, name, args, kwargs, inplace)
         if name in DECOMPOSED:
@@ -309,7 +317,7 @@ class Interception(TorchFunctionMode):
         return self._ways[tensor]
 
     def _passed(self, call: Call, kind: str) -> Any:
-        if kind not in (MOVE, LINEAR, WEIGHTED) and self.composite.strict:
+        if kind not in (MOVE, LINEAR, WEIGHTED, FIXED) and self.composite.strict:
             raise MedXAIError(
                 f"There is no rule for the operator '{call.name}' of this network: use a method that needs none, such "
                 "as gradient or integrated_gradients."
@@ -333,8 +341,8 @@ class Interception(TorchFunctionMode):
             old = self._stale.get(storage.data_ptr())
             if old is not None and not old.expired():
                 raise MedXAIError(
-                    "This network changes a tensor in place and then uses another view of it, which cannot be followed: "
-                    "set inplace=False in its activations, or use gradient or integrated_gradients."
+                    "This network changes a tensor in place and then uses another view of it, which cannot be "
+                    "followed: set inplace=False in its activations, or use gradient or integrated_gradients."
                 )
         return tensor
 
@@ -343,8 +351,8 @@ class Interception(TorchFunctionMode):
         if trace(tensor) is None and tensor.requires_grad:
             if not tensor.is_leaf:
                 raise MedXAIError(
-                    f"A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of its "
-                    f"own made a tensor: {type(tensor.grad_fn).__name__}): use gradient or integrated_gradients."
+                    "A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of "
+                    f"its own made a tensor: {type(tensor.grad_fn).__name__}): use gradient or integrated_gradients."
                 )
             mark(tensor, Trace())
         return trace(tensor) is not None
@@ -360,8 +368,8 @@ class Interception(TorchFunctionMode):
         name, others = self.record[self._compared] if self._compared < len(self.record) else ("", ())
         if name != call.name or [t.shape for t in others] != [t.shape for t in call.given]:
             raise MedXAIError(
-                "This network takes another way for the baseline than for the scan, so that they cannot be compared: use "
-                "gradient_shap or integrated_gradients."
+                "This network takes another way for the baseline than for the scan, so that they cannot be compared: "
+                "use gradient_shap or integrated_gradients."
             )
         self._compared += 1
         return others
@@ -399,6 +407,10 @@ def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
         yield mode
 
 
+def _untraced(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
 def _at_once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     known = ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state")
     return function(*args, **{k: v for k, v in options.items() if k not in known})
@@ -411,7 +423,69 @@ def _kind(call: Call) -> str:
         return LINEAR
     if kind == DIVISION and len(call.given) == 1 and call.given[0] is call.args[0] and not call.name.startswith("r"):
         return LINEAR
+    if (
+        call.name in ("batch_norm", "instance_norm")
+        and Normalisation.of(call.name, call.args, call.kwargs).mean is not None
+    ):
+        return FIXED
     # A convolution with weights made from the input is none that a rule knows.
     if kind == WEIGHTED and len(call.given) > 1:
         return UNKNOWN
     return kind
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """What came back to `x` (M, C, *spatial) for a target of `value` (M,): relevance is `m` times `x`. Constants that
+    were added on the way hold `held`."""
+
+    m: Tensor
+    value: Tensor
+    held: float
+
+    def residual(self, relevance: Tensor) -> dict[str, float]:
+        """By how much `relevance` and what constants hold miss the value, relative to it, over the whole batch."""
+        whole = float(self.value.sum(dtype=torch.float64))
+        missed = whole - self.held - float(relevance.sum(dtype=torch.float64))
+        return {"conservation": abs(missed) / max(abs(whole), 1e-12)}
+
+
+def multipliers(question: Question, x: Tensor, composite: Composite, record: Record | None = None) -> list[Multipliers]:
+    """What comes back to `x` (M, C, *spatial) under `composite`, for each target, from one forward.
+
+    Raises:
+        MedXAIError: when an operator has no rule or cannot be seen, and when there is none that a rule is for.
+    """
+    mode = Interception(composite, record)
+    with intercepting(question.model, mode):
+        leaf = mode.start(x)
+        values = question.values(leaf)
+    return came_back(question, mode.book, values, leaf)
+
+
+def came_back(question: Question, book: Book, values: list[Tensor], leaf: Tensor) -> list[Multipliers]:
+    """What comes back to `leaf` from each of `values`, which it has led to."""
+    if not book.ruled:
+        raise MedXAIError(
+            f"{question.model.name} has no operator that this method is for, and it would show the gradient: use that."
+        )
+    question.run.operators = {rule: dict(met) for rule, met in book.met.items()}
+    found = []
+    for i, value in enumerate(values):
+        book.lost = 0.0
+        inputs = [leaf, *book.constants]
+        m, *of_constants = question.gradients(value, inputs, keep=i < len(values) - 1)
+        held = [
+            float((g * c.detach()).sum(dtype=torch.float64)) for g, c in zip(of_constants, book.constants, strict=True)
+        ]
+        found.append(Multipliers(m, value.detach(), sum(held) + book.lost))
+    return found
+
+
+def record(question: Question, x: Tensor, composite: Composite) -> tuple[Record, list[Tensor]]:
+    """What a forward of `x` gives its operators, for another to be compared with, and each target's value (M,)."""
+    mode = Recording(composite)
+    with torch.no_grad(), intercepting(question.model, mode):
+        values = question.values(mode.start(x))
+    assert mode.record is not None
+    return mode.record, [value.detach() for value in values]

@@ -16,6 +16,7 @@ from torch import Tensor
 from MedXAILib.engines.operators import (
     ACTIVATION,
     DIVISION,
+    FIXED,
     MAXIMUM,
     NORMALISATION,
     POOLING,
@@ -183,6 +184,7 @@ def composite(name: str, epsilon: float, gamma: float, beta: float, first: First
 OTHERS: tuple[tuple[str, Rule], ...] = (
     (ACTIVATION, Passing()),
     (NORMALISATION, Held()),
+    (FIXED, Held()),
     (SOFTMAX, Linearised()),
     (PRODUCT, Shares()),
     (DIVISION, Quotient()),
@@ -233,9 +235,8 @@ def _summed(call: Call, gain: float, rest: float, sign: int) -> Tensor:
         return _part(tensor, sign) * gain + tensor * rest
 
     bias = None if affine.bias is None else call.constant(changed(affine.bias, sign))
-    low, high = (bool(end) for end in (x.detach().amin() < 0, x.detach().amax() > 0))
     # After most activations nothing is negative, and half of the work falls away.
-    if not low:
+    if not bool(x.detach().amin() < 0):
         return affine(x, changed(affine.weight, sign), bias)
     below = affine(x.clamp(max=0), changed(affine.weight, -sign))
     return below + affine(x.clamp(min=0), changed(affine.weight, sign), bias)

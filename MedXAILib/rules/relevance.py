@@ -1,8 +1,8 @@
 """What relevance R = m * x does at the operators that have no weights.
 
 Bach et al. 2015; for attention and products Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation
-for transformers", 2024; for gates Arras et al., "Explaining recurrent neural network predictions in sentiment analysis",
-2017.
+for transformers", 2024; for gates Arras et al., "Explaining recurrent neural network predictions in sentiment
+analysis", 2017.
 """
 
 from __future__ import annotations
