@@ -14,8 +14,8 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
 
-bench: .venv/installed-peers
-	$(BIN)/python -m benchmarks
+bench: .venv-peers/installed
+	.venv-peers/bin/python -m benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ bench: .venv/installed-peers
 	$(INSTALL) ".[test,dev]" -c constraints.txt
 	touch $@
 
-.venv/installed-peers: .venv/installed
-	$(INSTALL) ".[peers]" -c constraints.txt
+# An environment of its own: shap brings a package `slicer`, which overwrites that of slicer-core in the extra `test`.
+# LXT goes without what it asks for (transformers and more): nothing that is measured uses it.
+.venv-peers/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --editable ".[peers]" -c constraints.txt
+	.venv-peers/bin/python -m pip install --no-deps lxt -c constraints.txt
 	touch $@

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from MedXAILib.caption import Caption, Word
+    from MedXAILib.cohort_map import explain_cohort
     from MedXAILib.ensemble import Ensemble
     from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
     from MedXAILib.explanation import Explanation, Provenance, SaliencyMap, load_explanation
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # No module may be called like one of these names, which importing it would hide.
 _HOME = {
     "caption": ["Caption", "Word"],
+    "cohort_map": ["explain_cohort"],
     "ensemble": ["Ensemble"],
     "errors": ["Cancelled", "MedXAIError", "OutOfMemory", "Untrusted"],
     "explanation": ["Explanation", "Provenance", "SaliencyMap", "load_explanation"],

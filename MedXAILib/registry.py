@@ -13,10 +13,12 @@ from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
 from MedXAILib.visual.cam import CAM
 from MedXAILib.visual.deconvnet import DeconvNet
+from MedXAILib.visual.deep_shap import DeepSHAP
 from MedXAILib.visual.deeplift import DeepLIFT
 from MedXAILib.visual.gradcam import GradCAM
 from MedXAILib.visual.gradcam_plus_plus import GradCAMPlusPlus
 from MedXAILib.visual.gradient import Gradient, SmoothGrad, VarGrad
+from MedXAILib.visual.gradient_shap import GradientSHAP
 from MedXAILib.visual.guided_backprop import GuidedBackprop
 from MedXAILib.visual.guided_gradcam import GuidedGradCAM
 from MedXAILib.visual.hirescam import HiResCAM
@@ -34,6 +36,7 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         DeconvNet,
         GuidedBackprop,
         IntegratedGradients,
+        GradientSHAP,
         CAM,
         GradCAM,
         GradCAMPlusPlus,
@@ -43,6 +46,7 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         GuidedGradCAM,
         LRP,
         DeepLIFT,
+        DeepSHAP,
         AttentionRelevance,
         AttentionRollout,
     )

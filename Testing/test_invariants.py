@@ -16,6 +16,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "smoothgrad": {"samples": 3},
     "vargrad": {"samples": 3},
     "integrated_gradients": {"steps": 2, "max_steps": 6},
+    "gradient_shap": {"samples": 4},
+    "deep_shap": {"background": ("zero", "blur")},
     "scorecam": {"clusters": 3},
 }
 METHODS = list(mx.methods())
@@ -28,6 +30,8 @@ def explain(model: mx.Model, x: Any, method: str, **more: Any) -> mx.SaliencyMap
     except mx.MedXAIError as error:
         if method == "cam" and "CAM is exact only where" in str(error):
             pytest.skip("no CAM architecture")
+        if method.startswith("attention_") and "has no attention" in str(error):
+            pytest.skip("no attention")
         raise
 
 
@@ -100,7 +104,7 @@ def test_map_is_finite_and_not_empty_on_the_grid(monai_case: tuple[str, mx.Model
     assert made.data.shape == x[0].shape and made.data.dtype == torch.float32
     assert torch.isfinite(made.data).all()
     assert made.signed or (made.data >= 0).all()
-    if made.signed or method in ("vargrad", "scorecam"):
+    if (made.signed and method != "guided_gradcam") or method in ("vargrad", "scorecam"):
         assert made.data.abs().max() > 0
 
 
@@ -116,7 +120,8 @@ def test_batch_of_many_is_many_of_one(monai_case: tuple[str, mx.Model, Tensor], 
     alone = [explain(model, one, method, target=target).data for one in (x[0], other[0])]
     assert both.data.shape[0] == 2
     for sample, single in zip(both.data, alone, strict=True):
-        assert_near(sample, single)
+        # Guided backpropagation has a kink of its own at every activation.
+        assert_near(sample, single, within=5e-3 if "guided" in method else 1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -52,6 +52,46 @@ def _trained() -> mx.Model:
     return mx.load_model(resources.path("Models/lung_nodule"))
 
 
+def background(x: Tensor, count: int) -> Tensor:
+    """`count` scans like `x` (1, 1, D, H, W) to compare it with, (count, 1, D, H, W): itself, shifted."""
+    return torch.cat([x.roll(x.shape[2] * k // (count + 1), 2) for k in range(1, count + 1)])
+
+
+class _Middle(nn.Module):
+    """The means of maps (N, C, D, H, W) over their middle, as scores. The mean over all of a map hardly depends on the
+    scan: norms have taken it out."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        d, h, w = maps.shape[2:]
+        return maps[:, :, d // 4 : -d // 4, h // 4 : -h // 4, w // 4 : -w // 4].mean((2, 3, 4))
+
+
+def _unet() -> nn.Module:
+    """MONAI's UNet as it comes: instance norms, PReLU."""
+    unet = nets.UNet(3, 1, CLASSES, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2))
+    return nn.Sequential(unet, _Middle())
+
+
+def _sequential() -> nn.Module:
+    """Layers in a row, each of its own: what all packages were made for."""
+    parts: list[nn.Module] = []
+    for inputs, outputs in pairwise((1, 16, 32, 64, 128)):
+        parts += [nn.Conv3d(inputs, outputs, 3, padding=1), nn.BatchNorm3d(outputs), nn.ReLU(), nn.MaxPool3d(2)]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(128, CLASSES))
+
+
+class _Transformer(nn.Module):
+    """A vision transformer for volumes of 96 voxels a side, without the activation that MONAI puts after its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = nets.ViT(1, 96, 16, 384, 1536, 12, 6, classification=True, num_classes=CLASSES, post_activation="")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(x)[0]
+
+
 @dataclass(frozen=True)
 class Network:
     """A network from (N, 1, D, H, W) to class scores, the layer that class activation maps are of, and what it sees."""
@@ -77,6 +117,9 @@ NETWORKS = {
         lambda: _random(lambda: nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=CLASSES)),
         "class_layers.relu",
     ),
+    "sequential": Network(lambda: _random(_sequential), "14"),
+    "unet": Network(lambda: _random(_unet), "0.model.2"),
+    "vit": Network(_Transformer, "vit.norm"),
     # Small, but trained, and asked about a real CT.
     "lung-nodule": Network(lambda: _trained().network, "evidence", _nodule),
 }
@@ -107,6 +150,9 @@ TITLES = {
     "medcam": "M3d-CAM",
     "grad_cam": "pytorch-grad-cam",
     "torchcam": "torchcam",
+    "zennit": "zennit",
+    "shap": "shap",
+    "lxt": "LXT",
 }
 
 
@@ -158,6 +204,16 @@ def _forwards(rows: Rows) -> float:
 
 def _times(name: str) -> Callable[[Rows], float]:
     return lambda rows: rows[name]["ratio"]
+
+
+def _over(quantity: str, ours: str, other: str) -> Callable[[Rows], float]:
+    """A quantity of one row over that of another, whatever maps they found."""
+    return lambda rows: rows[ours][quantity] / rows[other][quantity]
+
+
+def _elsewhere(case: Case, size: int = 96) -> Case:
+    """`case` on networks for which nothing is promised: where peers are right, and where there is no ReLU."""
+    return replace(case, sizes={"sequential": size, "lung-nodule": 40, "unet": size}, goals=())
 
 
 _CAMS = (
@@ -288,6 +344,146 @@ CASES = {
                 0.1,
             ),
         ),
+    ),
+}
+
+
+_RESNET_AND_DENSENET = {"resnet18-medicalnet": 96, "densenet121": 96}
+
+
+def _zennit(name: str) -> tuple[Row, ...]:
+    """A composite of zennit as it comes, with its own rewriting of ResNets, and with what it takes for MONAI's."""
+    return (
+        Row("zennit", parameters={"name": name}),
+        Row("zennit", "ResNetCanonizer", {"name": name, "rewritten": "zennit"}),
+        Row(
+            "zennit", "with canonizers for MONAI", {"name": name, "rewritten": "by hand"}, "written for this comparison"
+        ),
+    )
+
+
+def _lrp(title: str, composite: str, *others: Row, goal: Goal) -> Case:
+    return Case(
+        f"LRP, {title}",
+        "LRP",
+        (Row("medxai", parameters={"composite": composite}), *others),
+        (goal,),
+        _RESNET_AND_DENSENET,
+        # Sums near zero, where every package stabilises in a way of its own.
+        tolerance=5e-3,
+    )
+
+
+_LRP_EPSILON = _lrp(
+    "epsilon",
+    "epsilon",
+    Row("pytorch", "gradient times input", note="what the rule comes to where all is ReLU, pooling and batch norm"),
+    *_zennit("epsilon"),
+    Row("captum"),
+    goal=Goal(
+        "MedXAI's time over a forward and a backward to the input",
+        _over("cpu_seconds", "MedXAI, default", "PyTorch, gradient times input"),
+        "at most",
+        1.3,
+    ),
+)
+_Z_PLUS = Goal("forwards that MedXAI takes", _forwards, "at most", 5.0)
+_LRP_PLUS = _lrp("epsilon-plus", "epsilon_plus", *_zennit("epsilon_plus"), goal=_Z_PLUS)
+_LRP_PLUS_FLAT = _lrp("epsilon-plus-flat", "epsilon_plus_flat", *_zennit("epsilon_plus_flat"), goal=_Z_PLUS)
+_DEEPLIFT = Case(
+    "DeepLIFT",
+    "DeepLift",
+    (
+        Row("medxai"),
+        Row("captum"),
+        Row("shap"),
+        Row("shap", "check_additivity=False", {"check": False}),
+    ),
+    (Goal("forwards that MedXAI takes", _forwards, "at most", 5.5),),
+    _RESNET_AND_DENSENET,
+)
+_DEEP_SHAP = Case(
+    "Deep SHAP, ten baselines",
+    "DeepSHAP",
+    (
+        Row("medxai", parameters={"count": 10}),
+        Row("medxai", "one baseline", {"count": 1}, "for its memory"),
+        Row("captum", parameters={"count": 10}),
+        Row("shap", parameters={"count": 10}),
+        Row("shap", "check_additivity=False", {"count": 10, "check": False}),
+    ),
+    (
+        Goal(
+            "MedXAI's peak memory with ten baselines over that with one",
+            _over("peak_mb", "MedXAI, default", "MedXAI, one baseline"),
+            "at most",
+            1.2,
+        ),
+    ),
+    # captum would need 20 GB for the DenseNet at 96.
+    {"resnet18-medicalnet": 96, "densenet121": 48},
+    reps=2,
+    processes=3,
+)
+CASES |= {
+    "lrp-epsilon": _LRP_EPSILON,
+    "lrp-epsilon-elsewhere": _elsewhere(_LRP_EPSILON),
+    "lrp-epsilon-plus": _LRP_PLUS,
+    "lrp-epsilon-plus-elsewhere": _elsewhere(_LRP_PLUS),
+    "lrp-epsilon-plus-flat": _LRP_PLUS_FLAT,
+    "lrp-epsilon-plus-flat-elsewhere": _elsewhere(_LRP_PLUS_FLAT),
+    "deeplift": _DEEPLIFT,
+    "deeplift-elsewhere": _elsewhere(_DEEPLIFT),
+    "deep-shap": _DEEP_SHAP,
+    "deep-shap-elsewhere": _elsewhere(_DEEP_SHAP, 64),
+    "guided-backprop": Case(
+        "Guided backpropagation",
+        "GuidedBackprop",
+        (
+            Row("medxai"),
+            Row("captum"),
+            Row("monai"),
+            Row("medcam", note="rescales the map"),
+            Row("zennit"),
+        ),
+        (),
+        {**_RESNET_AND_DENSENET, "sequential": 96, "unet": 96},
+    ),
+    "deconvnet": Case(
+        "Deconvolution",
+        "DeconvNet",
+        (Row("medxai"), Row("captum"), Row("zennit")),
+        (),
+        _RESNET_AND_DENSENET,
+    ),
+    "gradient-shap": Case(
+        "Gradient SHAP, ten baselines and forty samples",
+        "GradientSHAP",
+        tuple(Row(package, parameters={"count": 10, "samples": 40}) for package in ("medxai", "captum", "shap")),
+        (
+            Goal(
+                "MedXAI's error over captum's with as many samples",
+                _over("error", "MedXAI, default", "captum, default"),
+                "at most",
+                1.0,
+            ),
+        ),
+        # captum needs 11 GB at 96.
+        {"resnet18-medicalnet": 64, "lung-nodule": 40},
+        # Forty random samples are half a map away from the limit; an empty map is 1 away.
+        tolerance=0.9,
+        reference=Row("captum", "", {"count": 10, "samples": 5, "calls": 60}),
+        reps=2,
+    ),
+    "attention-relevance": Case(
+        "Attention relevance",
+        "AttentionRelevance",
+        (Row("medxai"), Row("lxt", note="its parts put into MONAI's ViT by hand")),
+        (),
+        {"vit": 96},
+        # LXT stabilises nothing that matters.
+        tolerance=1e-2,
+        reference=Row("medxai", "", {"epsilon": 0.0}),
     ),
 }
 

@@ -21,7 +21,19 @@ RESULTS = Path(__file__).parent / "results"
 SMALL = (("gradcam", "resnet18-medicalnet", 64), ("gradient", "densenet121", 64))
 """What continuous integration can afford. A goal counts there when it is missed by more than SLACK."""
 SLACK = 0.3
-DISTRIBUTIONS = ("medxai", "torch", "numpy", "monai", "captum", "medcam", "grad-cam", "torchcam")
+DISTRIBUTIONS = (
+    "medxai",
+    "torch",
+    "numpy",
+    "monai",
+    "captum",
+    "medcam",
+    "grad-cam",
+    "torchcam",
+    "zennit",
+    "shap",
+    "lxt",
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -148,7 +160,7 @@ def _agreement(case: Case, row: Row, peer: Any, maps: dict[str, Tensor], right: 
 
 def _distance(found: Tensor, right: Tensor) -> float:
     """Relative L2 distance."""
-    found = found.reshape(right.shape).float()
+    found, right = found.reshape(right.shape).double(), right.double()
     return float((found - right).norm() / right.norm())
 
 

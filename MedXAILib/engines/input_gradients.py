@@ -7,15 +7,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from MedXAILib.engines.rules import Interception, Unseen, intercepting
 from MedXAILib.explainer import Question
+from MedXAILib.rules.gradient import GRADIENT
 
 
 def input_gradients(question: Question, x: Tensor) -> list[Tensor]:
     """The gradient of each target with respect to `x` (M, C, *spatial): M gradients from one forward."""
-    leaf = x.detach().clone().requires_grad_()
-    values = question.values(leaf)
+    leaf, values, _ = _recorded(question, x)
     last = len(values) - 1
     return [question.gradients(value, [leaf], keep=i < last)[0] for i, value in enumerate(values)]
+
+
+def _recorded(question: Question, x: Tensor) -> tuple[Tensor, list[Tensor], int]:
+    """An input like `x`, and each target's value (M,), with no more kept than frozen weights need; and the bytes of the
+    largest result on the way."""
+    mode = Interception(GRADIENT)
+    try:
+        with intercepting(question.model, mode):
+            leaf = mode.start(x)
+            return leaf, question.values(leaf), mode.book.largest
+    except Unseen:
+        # PyTorch knows the way back through what cannot be seen.
+        leaf = x.detach().clone().requires_grad_()
+        return leaf, question.values(leaf), 0
 
 
 def each_gradient(
@@ -39,7 +54,7 @@ def each_gradient(
 
 
 def fitting(question: Question) -> int:
-    """How many versions fit at once, from what autograd keeps of one (activations; the parameters are there anyway)."""
+    """How many versions fit at once, from what one needs (activations; the parameters are there anyway)."""
     if question.fitting:
         return question.fitting
     kept: list[int] = []
@@ -52,8 +67,9 @@ def fitting(question: Question) -> int:
             kept.append(storage.nbytes())
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda never: never):
-        question.values(question.x.detach().clone().requires_grad_())
-    # What two operators keep together counts twice, which covers the gradients that backward holds beside it.
+        *_, largest = _recorded(question, question.x)
+    # In the backward, what comes back to a result and what goes on from it are there at the same time.
+    bytes_each = sum(kept) + 2 * largest
     voxels = len(question.x) * question.x[0, 0].numel()
-    question.fitting = question.run.fitting(sum(kept), voxels, question.x.device)
+    question.fitting = question.run.fitting(bytes_each, voxels, question.x.device)
     return question.fitting

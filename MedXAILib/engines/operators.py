@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from MedXAILib.engines.convolution import convolution
+
 WEIGHTED = "weighted"
 ACTIVATION = "activation"
 NORMALISATION = "normalisation"
@@ -148,6 +150,12 @@ def replaced(values: Any, new: Callable[[Tensor], Any]) -> Any:
     return values
 
 
+_OPTIONS = {
+    "conv": "stride padding dilation groups".split(),
+    "conv_transpose": "stride padding output_padding groups dilation".split(),
+}
+
+
 @dataclass(frozen=True)
 class Affine:
     """A convolution, transposed convolution or linear layer, y = T(x, weight) + bias.
@@ -167,13 +175,24 @@ class Affine:
     def of(cls, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Affine:
         """That of a call."""
         kwargs = dict(kwargs)
-        given = [
-            args[i] if len(args) > i else kwargs.pop(key, None) for i, key in enumerate(("input", "weight", "bias"))
-        ]
-        return cls(func, name, *given, args[3:], kwargs)
+        keys = ("input", "weight", "bias")
+        x, weight, bias = (args[i] if len(args) > i else kwargs.pop(key, None) for i, key in enumerate(keys))
+        return cls(func, name, x, weight, bias, args[3:], kwargs)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.func(x, weight, bias, *self.options, **self.keywords)
+        given = dict(zip(_OPTIONS.get(self.name, ()), self.options, strict=False)) | self.keywords
+        if self.name not in _OPTIONS or x.ndim != weight.ndim or isinstance(given.get("padding"), str):
+            return self.func(x, weight, bias, *self.options, **self.keywords)
+        return convolution(x, weight, bias, **given, transposed=self.name == "conv_transpose")
+
+    def of_both(self, x: Tensor, weight: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
+        """`weight` on the positive part of `x` and `other` on the negative one, added up."""
+        high, low = x.clamp(min=0), x.clamp(max=0)
+        grouped = "groups" in self.keywords or self.options[3:4] not in ((), (1,))
+        if self.name == "conv" and x.ndim == weight.ndim and not grouped:
+            # At once: few input channels cost no less than twice as many.
+            return self(torch.cat([high, low], 1), torch.cat([weight, other], 1), bias)
+        return self(high, weight, bias) + self(low, other)
 
     def followed(self, gain: Tensor, shift: Tensor) -> Affine:
         """This operator followed by y * gain + shift, both (K,), as one."""
@@ -253,8 +272,9 @@ class Normalisation:
         return (centred.square().mean(self.dims, keepdim=True) + self.eps).rsqrt()
 
     @property
-    def gain(self) -> Tensor:
-        """What fixed statistics multiply a centred input by."""
-        assert self.variance is not None
-        scale = (self.variance + self.eps).rsqrt()
-        return scale if self.weight is None else scale * self.weight
+    def fixed(self) -> tuple[Tensor, Tensor]:
+        """With fixed statistics, y = x * gain + shift."""
+        assert self.mean is not None and self.variance is not None
+        gain = (self.variance + self.eps).rsqrt()
+        gain = gain if self.weight is None else gain * self.weight
+        return gain, -self.mean * gain if self.bias is None else self.bias - self.mean * gain

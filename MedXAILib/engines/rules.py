@@ -118,6 +118,8 @@ class Book:
     """The constants that were added to something, as leaves of the graph."""
     lost: float = 0.0
     """The relevance that stabilisers took in the backward so far."""
+    largest: int = 0
+    """Bytes of the largest result."""
 
     def count(self, rule: str, name: str) -> None:
         """Note that `rule` met an operator."""
@@ -128,11 +130,6 @@ class Book:
         leaf = value.detach().requires_grad_()
         self.constants.append(leaf)
         return leaf
-
-    @property
-    def ruled(self) -> bool:
-        """Whether any rule met any operator."""
-        return any(rule != PASSED for rule in self.met)
 
 
 @dataclass
@@ -172,6 +169,19 @@ class Call:
         swapped = replaced((self.args, self.kwargs), lambda t: new.get(id(t), t))
         return self.func(*swapped[0], **swapped[1])
 
+    def weighted(self) -> Tensor:
+        """What a weighted operator gives, with its own gradient."""
+        assert self.affine is not None
+        bias = None if self.affine.bias is None else self.constant(self.affine.bias)
+        y = self.affine(self.affine.x, self.affine.weight, bias)
+        # Where relevance has to add up, only the products themselves are in the lower precision.
+        return y.float() if self.composite.strict and torch.is_autocast_enabled(y.device.type) else y
+
+    def normalised(self) -> Tensor:
+        """What a normalisation with fixed statistics gives, with its own gradient."""
+        gain, shift = Normalisation.of(self.name, self.args, self.kwargs).fixed
+        return torch.addcmul(self.constant(shift), self.x, gain)
+
     def constant(self, value: Tensor) -> Tensor:
         """A constant that is added, whose share is counted where the composite wants it."""
         return self.book.constant(value) if self.composite.balanced else value.detach()
@@ -192,7 +202,10 @@ class _Send(torch.autograd.Function):
             back.append(m * (next(saved) if scale is None else scale) if scale != 1 else m)
             if taken != 0:
                 taken = next(saved) if taken is None else taken
-                ctx.book.lost += float((back[-1] * taken).sum(dtype=torch.float64))
+                lost = (
+                    back[-1].sum() * taken if isinstance(taken, float) else (back[-1] * taken).sum(dtype=torch.float64)
+                )
+                ctx.book.lost += float(lost)
         return None, None, None, *back
 
 
@@ -216,6 +229,10 @@ def mark(tensor: Tensor, known: Trace) -> Tensor:
     """`tensor`, known from now on to depend on the input."""
     tensor._medxai = known  # type: ignore[attr-defined]
     return tensor
+
+
+class Unseen(MedXAIError):
+    """A part of the network is out of sight, so that no rule can be applied there."""
 
 
 Record = list[tuple[str, tuple[Tensor, ...]]]
@@ -281,31 +298,30 @@ class Interception(TorchFunctionMode):
                 return self._weighted(call, rule)
             result = self._by_rule(call, rule)
         for t in tensors(result):
+            self.book.largest = max(self.book.largest, t.nbytes)
             if t.is_floating_point():
                 mark(t, Trace(raw and kind == MOVE, name in _GATES or (gate and kind in (MOVE, LINEAR))))
         return result
 
     def _weighted(self, call: Call, rule: Rule) -> Tensor:
-        call.affine = affine = Affine.of(call.func, call.name, call.args, call.kwargs)
-        bias = None if affine.bias is None else call.constant(affine.bias)
+        call.affine = Affine.of(call.func, call.name, call.args, call.kwargs)
         with torch.set_grad_enabled(rule.through):
-            call.result = affine(affine.x, affine.weight, bias)
+            result = call.weighted()
         # A batch normalisation may follow that belongs to it.
-        return mark(call.result, Trace(call=call, rule=rule))
+        return mark(result, Trace(call=call, rule=rule))
 
     def _merged(self, args: Any, kwargs: Any) -> Tensor | None:
         normalisation = Normalisation.of("batch_norm", args, kwargs)
         before = trace(normalisation.x)
         if before is None or before.call is None or before.rule is None or normalisation.mean is None:
             return None
-        gain = normalisation.gain
-        shift = -normalisation.mean * gain + (0 if normalisation.bias is None else normalisation.bias)
+        gain, shift = normalisation.fixed
         assert before.call.affine is not None
         call = replace(before.call, affine=before.call.affine.followed(gain.flatten(), shift.flatten()))
         with torch.set_grad_enabled(before.rule.through):
-            call.result = torch.addcmul(call.constant(shift), normalisation.x, gain)
+            result = torch.addcmul(call.constant(shift), normalisation.x, gain)
         self.book.count(before.rule.title, "batch_norm")
-        return mark(call.result, Trace(call=call, rule=before.rule))
+        return mark(result, Trace(call=call, rule=before.rule))
 
     def _on_its_way(self, tensor: Tensor) -> Tensor:
         """`tensor`, with the way back of the weighted operator that it is the result of."""
@@ -313,7 +329,7 @@ class Interception(TorchFunctionMode):
         if known is None or known.call is None or known.rule is None:
             return tensor
         if tensor not in self._ways:
-            self._ways[tensor] = mark(known.rule(known.call), Trace())
+            self._ways[tensor] = mark(known.rule(replace(known.call, result=tensor)), Trace())
         return self._ways[tensor]
 
     def _passed(self, call: Call, kind: str) -> Any:
@@ -327,6 +343,11 @@ class Interception(TorchFunctionMode):
             numbers = call.name in _SUMS
             call.args = tuple(call.x.new_tensor(a) if numbers and type(a) in (int, float) else a for a in call.args)
             call.args = replaced(call.args, self._counted)
+        if kind == WEIGHTED:
+            call.affine = Affine.of(call.func, call.name, call.args, call.kwargs)
+            return call.weighted()
+        if kind == FIXED:
+            return call.normalised()
         return call.plain()
 
     def _counted(self, tensor: Tensor) -> Tensor:
@@ -340,7 +361,7 @@ class Interception(TorchFunctionMode):
             storage = tensor.untyped_storage()
             old = self._stale.get(storage.data_ptr())
             if old is not None and not old.expired():
-                raise MedXAIError(
+                raise Unseen(
                     "This network changes a tensor in place and then uses another view of it, which cannot be "
                     "followed: set inplace=False in its activations, or use gradient or integrated_gradients."
                 )
@@ -350,7 +371,7 @@ class Interception(TorchFunctionMode):
         """Whether `tensor` depends on the input."""
         if trace(tensor) is None and tensor.requires_grad:
             if not tensor.is_leaf:
-                raise MedXAIError(
+                raise Unseen(
                     "A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of "
                     f"its own made a tensor: {type(tensor.grad_fn).__name__}): use gradient or integrated_gradients."
                 )
@@ -392,13 +413,13 @@ def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
     """`mode`, on, for forwards of `model`.
 
     Raises:
-        MedXAIError: when a part of the network cannot be looked into.
+        Unseen: when a part of the network cannot be looked into.
     """
     for name, module in model.network.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
             what = f"Layer '{name}'" if name else model.name
             how = "TorchScript" if isinstance(module, torch.jit.ScriptModule) else "compiled"
-            raise MedXAIError(
+            raise Unseen(
                 f"{what} is {how}, and operators inside it cannot be seen: give the network as Python code or a MONAI "
                 "bundle, or use gradient or integrated_gradients."
             )
@@ -454,7 +475,8 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
     """What comes back to `x` (M, C, *spatial) under `composite`, for each target, from one forward.
 
     Raises:
-        MedXAIError: when an operator has no rule or cannot be seen, and when there is none that a rule is for.
+        MedXAIError: when an operator has no rule.
+        Unseen: when one cannot be seen.
     """
     mode = Interception(composite, record)
     with intercepting(question.model, mode):
@@ -465,10 +487,6 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
 
 def came_back(question: Question, book: Book, values: list[Tensor], leaf: Tensor) -> list[Multipliers]:
     """What comes back to `leaf` from each of `values`, which it has led to."""
-    if not book.ruled:
-        raise MedXAIError(
-            f"{question.model.name} has no operator that this method is for, and it would show the gradient: use that."
-        )
     question.run.operators = {rule: dict(met) for rule, met in book.met.items()}
     found = []
     for i, value in enumerate(values):

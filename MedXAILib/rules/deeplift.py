@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from MedXAILib.engines.operators import (
@@ -24,7 +23,8 @@ from MedXAILib.engines.operators import (
     SOFTMAX,
     Normalisation,
 )
-from MedXAILib.engines.rules import Call, Composite, Rule, send
+from MedXAILib.engines.rules import Call, Composite, Rule, send, trace
+from MedXAILib.rules.gradient import answer, pooled, taken
 
 # Differences smaller than this part of the values are rounding: there the derivative stands for the quotient.
 _ROUNDING = 1e-5
@@ -52,7 +52,8 @@ class Secant(_Comparing):
         tiny = dx.abs() <= _ROUNDING * torch.maximum(x.detach().abs(), other.abs())
         slope = (y - y_other) / torch.where(tiny, 1, dx)
         if bool(tiny.any()):
-            slope = torch.where(tiny, _derivative(call), slope)
+            # A root has none at zero, where it has no difference to give either.
+            slope = torch.where(tiny, _derivative(call).nan_to_num(0.0, 0.0, 0.0), slope)
         return send(y, (x, slope, 0.0), call=call)
 
 
@@ -64,31 +65,34 @@ def _derivative(call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class Midpoint(_Comparing):
-    """A product: each factor's difference times the mean of the other factor."""
+    """A product: each factor's difference times the mean of the other factor, which is the gradient halfway."""
 
     title: ClassVar[str] = "midpoint"
 
     def __call__(self, call: Call) -> Tensor:
-        (a, b), (a_other, b_other) = call.given, call.others
-        same = call.on(a, (b.detach() + b_other) / 2) + call.on((a.detach() + a_other) / 2, b)
-        return _with(call.value(), same, call)
+        halfway = [t + (other - t.detach()) / 2 for t, other in zip(call.given, call.others, strict=True)]
+        return _with(call.value(), call.on(*halfway), call)
 
 
 @dataclass(frozen=True)
-class Reciprocal(_Comparing):
-    """A quotient, as the product with a reciprocal, whose difference is -(b - b') / (b b')."""
+class Quotient(_Comparing):
+    """y = a / b: a's difference times (b + b') / (b^2 + b'^2), b's times -(b' y + b y') / (b^2 + b'^2).
+
+    That is the product with a reciprocal, split in proportion to b^2 and b'^2 as a normalisation is, and for the same
+    reason. A constant a leaves -a / (b b').
+    """
 
     title: ClassVar[str] = "quotient"
 
     def __call__(self, call: Call) -> Tensor:
         over, under = call.args[:2] if not call.name.startswith("r") else (call.args[1], call.args[0])
         others = {id(t): o for t, o in zip(call.given, call.others, strict=True)}
-        b, b_other = under.detach(), others[id(under)]
-        slope = -1 / (b * b_other)
+        y, b, b_other = call.value(), under.detach(), others[id(under)]
         if id(over) not in others:
-            return _with(call.value(), under * slope * over, call)
-        mean = (over.detach() + others[id(over)]) / 2
-        return _with(call.value(), over * (1 / b + 1 / b_other) / 2 + under * slope * mean, call)
+            return _with(y, under * (-1 / (b * b_other)) * over, call)
+        whole = b**2 + b_other**2
+        slope = -(b_other * y + b * (others[id(over)] / b_other)) / whole
+        return _with(y, over * ((b + b_other) / whole) + under * slope, call)
 
 
 @dataclass(frozen=True)
@@ -116,25 +120,28 @@ class Normalised(_Comparing):
 
 @dataclass(frozen=True)
 class Softened(_Comparing):
-    """A softmax, as the quotient of exponentials by their sum."""
+    """A softmax, as exp(x - L) with L = log(sum(exp(x))): the rescale rule for both exponentials and the logarithm.
+
+    Quotients of differences are then logarithmic means of what lies between 0 and 1, and of L's change no more than all
+    is taken, so that nothing explodes whatever the logits.
+    """
 
     title: ClassVar[str] = "softmax"
 
     def __call__(self, call: Call) -> Tensor:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
-        # In double precision, because one shift has to serve both inputs.
         x, other = call.x.double(), call.others[0].double()
-        shift = torch.maximum(x.detach().amax(dim, keepdim=True), other.amax(dim, keepdim=True))
-        dx = (x - other).detach()
-        e, e_other = (x.detach() - shift).exp(), (other - shift).exp()
-        # (e - e') / (x - x') without cancellation; where a mask says minus infinity to both, nothing.
-        gap = dx.abs().nan_to_num(nan=0.0)
-        near = torch.minimum(e, e_other) * torch.where(gap > 0, torch.expm1(gap.clamp(max=1)) / gap, 1)
-        slope = torch.where(gap > 1, (e - e_other) / dx, near)
-        q, q_other = 1 / e.sum(dim, keepdim=True), 1 / e_other.sum(dim, keepdim=True)
-        raised = x * slope
-        same = raised * ((q + q_other) / 2) - (e + e_other) / 2 * q * q_other * raised.sum(dim, keepdim=True)
+        whole, whole_other = (t.logsumexp(dim, keepdim=True) for t in (x.detach(), other))
+        share = (_log_mean(x.detach(), other) - _log_mean(whole, whole_other)).exp()
+        slope = _log_mean(x.detach() - whole, other - whole_other).exp()
+        same = (x - (x * share).sum(dim, keepdim=True)) * slope
         return _with(call.value(), same.to(call.x.dtype), call)
+
+
+def _log_mean(a: Tensor, b: Tensor) -> Tensor:
+    """The logarithm of (exp(a) - exp(b)) / (a - b): minus infinity where a mask says so to either."""
+    gap = (a - b).abs()
+    return torch.maximum(a, b) + torch.where(gap > 0, -torch.expm1(-gap) / gap, 1).log()
 
 
 @dataclass(frozen=True)
@@ -145,39 +152,44 @@ class Winner(_Comparing):
 
     def __call__(self, call: Call) -> Any:
         (x,), (other,) = call.given, call.others
-        pool = getattr(F, f"{call.name}{x.ndim - 2}d")
-        options = {**call.kwargs, "return_indices": True}
-        # The last of seven positional arguments is whether to return the indices.
-        y, index = pool(x.detach(), *call.args[1:6], **options)
-        y_other, index_other = pool(other, *call.args[1:6], **options)
-        winner = torch.where(y >= y_other, index, index_other).flatten(2)
-        gap = (x.detach() - other).flatten(2).gather(2, winner).reshape(y.shape)
+        y, index = pooled(call, x.detach())
+        y_other, index_other = pooled(call, other)
+        winner = torch.where(y >= y_other, index, index_other)
+        best = taken(x, winner)
+        gap = best.detach() - taken(other, winner)
         slope = torch.where(gap == 0, 0, (y - y_other) / torch.where(gap == 0, 1, gap))
-        sent = send(y, (x.flatten(2).gather(2, winner).reshape(y.shape), slope, 0.0), call=call)
-        return (sent, index) if isinstance(call.value(), tuple) else sent
+        return answer(call, send(y, (best, slope, 0.0), call=call), index)
 
 
 @dataclass(frozen=True)
 class Largest(_Comparing):
-    """A maximum or minimum over dimensions, likewise, shared between equals."""
+    """A maximum or minimum over dimensions, or of two tensors, likewise, shared between equals."""
 
     title: ClassVar[str] = "largest"
 
     def __call__(self, call: Call) -> Any:
-        (x,), (other,) = call.given, call.others
+        sign = -1 if "min" in call.name else 1
         y = call.value()
-        sign = -1 if call.name in ("min", "amin") else 1
-        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else ())
-        top, top_other = (sign * (sign * t).amax(dim, keepdim=True) for t in (x.detach(), other))
+        if len(call.args) > 1 and isinstance(call.args[1], Tensor):
+            left = iter(call.others)
+            others = [t if trace(t) is None else next(left) for t in call.args[:2]]
+            x, other = (torch.stack(torch.broadcast_tensors(*pair)) for pair in (call.args[:2], others))
+            return _with(y, self._weighted(x, other, (0,), sign).reshape(y.shape), call)
+        (x,), (other,) = call.given, call.others
+        dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else ())
+        same = self._weighted(x, other, dims if dims != () else tuple(range(x.ndim)), sign)
+        if isinstance(y, Tensor):
+            return _with(y, same.reshape(y.shape), call)
+        return type(y)((_with(y[0], same.reshape(y[0].shape), call), y[1]))
+
+    @staticmethod
+    def _weighted(x: Tensor, other: Tensor, dims: Any, sign: int) -> Tensor:
+        top, top_other = (sign * (sign * t).amax(dims, keepdim=True) for t in (x.detach(), other))
         ahead = sign * (top - top_other) >= 0
         winners = torch.where(ahead, x.detach() == top, other == top_other)
         gap = x.detach() - other
         slope = torch.where(winners & (gap != 0), (top - top_other) / torch.where(gap == 0, 1, gap), 0)
-        slope = slope / winners.sum(dim or tuple(range(x.ndim)), keepdim=True)
-        values = y[0] if isinstance(y, tuple) else y
-        same = (x * slope).sum(dim or tuple(range(x.ndim)), keepdim=True)
-        sent = _with(values, same.reshape(values.shape), call)
-        return (sent, y[1]) if isinstance(y, tuple) else sent
+        return (x * (slope / winners.sum(dims, keepdim=True))).sum(dims, keepdim=True)
 
 
 DEEPLIFT = Composite(
@@ -186,7 +198,7 @@ DEEPLIFT = Composite(
         (NORMALISATION, Normalised()),
         (SOFTMAX, Softened()),
         (PRODUCT, Midpoint()),
-        (DIVISION, Reciprocal()),
+        (DIVISION, Quotient()),
         (POOLING, Winner()),
         (MAXIMUM, Largest()),
     )

@@ -26,7 +26,8 @@ from MedXAILib.engines.operators import (
 )
 from MedXAILib.engines.rules import Call, Composite, Rule, Way, send
 from MedXAILib.errors import unknown
-from MedXAILib.rules.relevance import Held, Linearised, Passing, Plain, Quotient, Shares, Winners
+from MedXAILib.rules.gradient import Plain
+from MedXAILib.rules.relevance import Held, Linearised, Passing, Quotient, Shares, Winners
 
 Name = Literal["epsilon", "gamma", "alpha_beta", "epsilon_plus", "epsilon_plus_flat"]
 First = Literal["same", "flat", "w_square", "z_box"]
@@ -53,7 +54,7 @@ class _Stabilised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (m,), (share,) = gradients, ctx.saved_tensors
-        ctx.book.lost += ctx.epsilon * float((m * share).sum(dtype=torch.float64))
+        ctx.book.lost += ctx.epsilon * float(torch.dot(m.flatten(), share.flatten()))
         return m * share.abs(), None, None
 
 
@@ -238,5 +239,4 @@ def _summed(call: Call, gain: float, rest: float, sign: int) -> Tensor:
     # After most activations nothing is negative, and half of the work falls away.
     if not bool(x.detach().amin() < 0):
         return affine(x, changed(affine.weight, sign), bias)
-    below = affine(x.clamp(max=0), changed(affine.weight, -sign))
-    return below + affine(x.clamp(min=0), changed(affine.weight, sign), bias)
+    return affine.of_both(x, changed(affine.weight, sign), changed(affine.weight, -sign), bias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.engines.rules import Call, Composite, Rule, send
+from MedXAILib.rules.gradient import GRADIENT, Rectified
 
 RECTIFIERS = (
     "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus hardswish hardtanh softsign softshrink "
@@ -39,7 +40,7 @@ class Guided(Rule):
     title: ClassVar[str] = "guided"
 
     def __call__(self, call: Call) -> Tensor:
-        y: Tensor = _Positive.apply(call.plain())
+        y: Tensor = _Positive.apply(Rectified()(call) if call.name == "relu" else call.plain())
         return y
 
 
@@ -56,4 +57,4 @@ class Deconvolved(Rule):
 
 def rectified(rule: Rule) -> Composite:
     """`rule` for every rectifying activation, and the gradient for the rest."""
-    return Composite(tuple((name, rule) for name in RECTIFIERS), strict=False)
+    return Composite((*((name, rule) for name in RECTIFIERS), *GRADIENT.rules), strict=False)

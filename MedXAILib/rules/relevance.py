@@ -17,19 +17,14 @@ from torch import Tensor
 
 from MedXAILib.engines.operators import KEEP_ZERO, Normalisation
 from MedXAILib.engines.rules import Call, Rule, send, trace
+from MedXAILib.rules.gradient import Rectified, answer, pooled, taken
 
 # Keeps the relevance of a voxel finite whose value is 0 and whose activation is not.
 _STABLE = 1e-6
 
 
-@dataclass(frozen=True)
-class Plain(Rule):
-    """The gradient."""
-
-    title: ClassVar[str] = "gradient"
-
-    def __call__(self, call: Call) -> Any:
-        return call.plain()
+# Straight lines through 0 on both sides, whose derivative is y / x.
+_PIECEWISE = frozenset("relu leaky_relu prelu rrelu".split())
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,12 @@ class Passing(Rule):
     title: ClassVar[str] = "passing"
 
     def __call__(self, call: Call) -> Tensor:
-        y, x = call.value(), call.x.detach()
         if call.name == "relu":
-            return send(y, (call.x, x > 0, 0.0), call=call)
+            return Rectified()(call)
+        if call.name in _PIECEWISE:
+            through: Tensor = call.plain()
+            return through
+        y, x = call.value(), call.x.detach()
         if call.name in KEEP_ZERO:
             return send(y, (call.x, torch.where(x == 0, 0, y / x), 0.0), call=call)
         away = torch.where(x < 0, -_STABLE, _STABLE).to(x)
@@ -57,8 +55,7 @@ class Held(Rule):
     def __call__(self, call: Call) -> Tensor:
         n = Normalisation.of(call.name, call.args, call.kwargs)
         if n.mean is not None:
-            shift = -n.mean * n.gain if n.bias is None else n.bias - n.mean * n.gain
-            return torch.addcmul(call.constant(shift), n.x, n.gain)
+            return call.normalised()
         centred = n.centre(n.x)
         gain = n.scale(centred.detach())
         gain = gain if n.weight is None else gain * n.weight
@@ -155,13 +152,21 @@ class Winners(Rule):
     title: ClassVar[str] = "winner takes all"
 
     def __call__(self, call: Call) -> Any:
-        x, found = call.x, call.value()
-        y = found[0] if isinstance(found, tuple) else found
-        options = _options(call, tuple(x.shape[2:]), tuple(y.shape[2:]))
-        if options is None:
-            return call.plain()
-        sent = _Winners.apply(x, y, options)
-        return (sent, *found[1:]) if isinstance(found, tuple) else sent
+        y, index = pooled(call, call.x.detach())
+        options = _options(call, tuple(call.x.shape[2:]), tuple(y.shape[2:]))
+        if options is not None and _tied(y, index):
+            return answer(call, _Winners.apply(call.x, y, options), index)
+        return answer(call, taken(call.x, index), index)
+
+
+def _tied(y: Tensor, index: Tensor) -> bool:
+    """Whether neighbouring windows have one maximum, other than 0, in different places, as in a constant region."""
+    for axis in range(2, y.ndim):
+        last = y.shape[axis] - 1
+        (a, b), (i, j) = ((t.narrow(axis, 0, last), t.narrow(axis, 1, last)) for t in (y, index))
+        if bool(((a == b) & (i != j) & (a != 0)).any()):
+            return True
+    return False
 
 
 def _options(call: Call, size: tuple[int, ...], grid: tuple[int, ...]) -> dict[str, list[int]] | None:

@@ -25,7 +25,12 @@ from MedXAILib.engines.operators import (
     WEIGHTED,
 )
 from MedXAILib.engines.rules import Call, Composite, Rule, send, trace
-from MedXAILib.rules.relevance import Plain
+from MedXAILib.rules.gradient import Plain
+
+ATTENTION = "attention"
+"""What a product with a gate is counted as."""
+
+_BY_ELEMENT = ("mul", "multiply", "rmul")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Evenly(Rule):
 
 @dataclass(frozen=True)
 class Kept(Rule):
-    """To the value in the same place."""
+    """To the value in the same place, whatever its sign."""
 
     title: ClassVar[str] = "kept"
 
@@ -54,14 +59,13 @@ class Kept(Rule):
 
 @dataclass(frozen=True)
 class Halved(Rule):
-    """Of two summands, half to each."""
+    """Of two summands or factors, half to each."""
 
     title: ClassVar[str] = "halved"
 
     def __call__(self, call: Call) -> Tensor:
         y = call.value()
-        ways = [(t.expand_as(y), t.numel() / y.numel() / len(call.given), 0.0) for t in call.given]
-        return send(y, *ways, call=call)
+        return send(y, *((t.expand_as(y), 1 / len(call.given), 0.0) for t in call.given), call=call)
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,19 @@ class Attended(Rule):
         if len(call.given) < 2:
             return Scaled()(call)
         gates = [bool(known and known.gate) for known in map(trace, call.given)]
-        if gates == [True, False]:
-            return call.on(call.given[0].detach(), call.given[1])
-        if gates == [False, True]:
-            return call.on(call.given[0], call.given[1].detach())
-        return call.value()
+        if sorted(gates) == [False, True]:
+            call.book.count(ATTENTION, call.name)
+            a, b = call.given
+            return call.on(a.detach(), b) if gates[0] else call.on(a, b.detach())
+        # Of queries and keys nothing comes; the branches of a gated layer are as good as one another.
+        return Halved()(call) if call.name in _BY_ELEMENT else call.value()
 
 
 @dataclass(frozen=True)
-class Attention(Rule):
-    """A softmax gets nothing."""
+class Softmax(Kept):
+    """As any activation, when it is not attention."""
 
-    title: ClassVar[str] = "attention"
-
-    def __call__(self, call: Call) -> Any:
-        return call.value()
+    title: ClassVar[str] = "softmax"
 
 
 ROLLOUT = Composite(
@@ -108,10 +110,10 @@ ROLLOUT = Composite(
         (ACTIVATION, Kept()),
         (NORMALISATION, Kept()),
         (FIXED, Kept()),
-        (SOFTMAX, Attention()),
-        ("add", Halved()),
-        ("sub", Halved()),
-        *((name, Attended()) for name in ("mul", "multiply", "rmul", "matmul", "einsum", "bmm")),
+        (SOFTMAX, Softmax()),
+        *((name, Halved()) for name in ("add", "radd", "sub", "subtract", "rsub")),
+        *((name, Kept()) for name in ("neg", "negative")),
+        *((name, Attended()) for name in (*_BY_ELEMENT, "matmul", "einsum", "bmm")),
         (PRODUCT, Attended()),
         (DIVISION, Scaled()),
         (POOLING, Plain()),

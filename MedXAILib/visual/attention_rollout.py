@@ -10,7 +10,7 @@ from typing import ClassVar
 from MedXAILib.engines.rules import multipliers
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question, Taxonomy, backpropagation
-from MedXAILib.rules.rollout import ROLLOUT
+from MedXAILib.rules.rollout import ATTENTION, ROLLOUT, Softmax
 from MedXAILib.target import SegmentationTarget
 
 
@@ -35,8 +35,6 @@ class AttentionRollout(Explainer):
                 f"{self.title} starts at an output, and has none for a volume or Dice: use measure='logit'."
             )
         found = multipliers(question, question.x, ROLLOUT)
-        if "attention" not in question.run.operators:
-            raise MedXAIError(
-                f"{question.model.name} has no attention: use attention with another network, or gradcam."
-            )
+        if not {ATTENTION, Softmax.title} <= set(question.run.operators):
+            raise MedXAIError(f"{question.model.name} has no attention: use gradcam.")
         return [Attribution(back.m.abs().sum(1, keepdim=True)) for back in found]

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from MedXAILib.engines.rules import Rule, multipliers
+from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.rules.rectified import Deconvolved, rectified
 from MedXAILib.visual.smoothing import Smoothable
@@ -32,6 +33,11 @@ class DeconvNet(Smoothable):
 
     def maps(self, question: Question, x: Tensor) -> list[Attribution]:
         found = [Attribution(back.m) for back in multipliers(question, x, rectified(self.rule))]
+        if self.rule.title not in question.run.operators:
+            raise MedXAIError(
+                f"{question.model.name} has no activation such as ReLU, so that {self.title.lower()} would be its "
+                "gradient: use gradient."
+            )
         others = sorted(set(question.run.operators[self.rule.title]) - {"relu"})
         if others:
             question.run.note(

@@ -9,6 +9,7 @@ import captum.attr
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import background
 from benchmarks.peers import Peer
 from benchmarks.peers.monai import stretched
 
@@ -42,3 +43,56 @@ class IntegratedGradients(Peer):
     def __call__(self, x: Tensor) -> Tensor:
         explainer = captum.attr.IntegratedGradients(self.network)
         return explainer.attribute(x, target=self.classes[0], **self.setting).float().detach()
+
+
+class LRP(Peer):
+    """LRP, with epsilon everywhere, its default."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.LRP(self.network).attribute(x.clone(), target=self.classes[0]).detach()
+
+
+class GuidedBackprop(Peer):
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.GuidedBackprop(self.network).attribute(x.clone(), target=self.classes[0])
+
+
+class DeconvNet(Peer):
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.Deconvolution(self.network).attribute(x.clone(), target=self.classes[0])
+
+
+class DeepLift(Peer):
+    """DeepLift from a baseline of zero."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.DeepLift(self.network).attribute(x.clone(), target=self.classes[0]).detach()
+
+
+class DeepSHAP(Peer):
+    """DeepLiftShap, all baselines in one batch: it has no other way."""
+
+    def __init__(self, network: nn.Module, layer: str, classes: Sequence[int], count: int) -> None:
+        super().__init__(network, layer, classes)
+        self.count = count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        explainer = captum.attr.DeepLiftShap(self.network)
+        return explainer.attribute(x.clone(), background(x, self.count), target=self.classes[0]).detach()
+
+
+class GradientSHAP(Peer):
+    """GradientShap without noise, all `samples` in one batch: it has no other way. The mean over some `calls`."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], count: int, samples: int, calls: int = 1
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.count, self.samples, self.calls = count, samples, calls
+
+    def __call__(self, x: Tensor) -> Tensor:
+        explainer, total = captum.attr.GradientShap(self.network), torch.zeros_like(x)
+        for _ in range(self.calls):
+            among = background(x, self.count)
+            total += explainer.attribute(x.clone(), among, n_samples=self.samples, target=self.classes[0]).detach()
+        return total / self.calls

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.peers import Peer
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Import torchvision, which pytorch-grad-cam imports, even beside a PyTorch it was not built for.
 
     Its Python part asks for two operators of its compiled part. Nothing here calls them, so it is told that they exist.
@@ -28,7 +28,7 @@ class GradCAM(Peer):
 
     def __init__(self, network: nn.Module, layer: str, classes: Sequence[int]) -> None:
         super().__init__(network, layer, classes)
-        _import_torchvision()
+        import_torchvision()
         import pytorch_grad_cam
         from pytorch_grad_cam.utils.image import scale_cam_image
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

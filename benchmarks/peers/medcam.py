@@ -27,3 +27,17 @@ class GradCAM(Peer):
     def expected(self, right: Tensor, size: Sequence[int]) -> Tensor:
         low, high = right.amin((1, 2, 3, 4), keepdim=True), right.amax((1, 2, 3, 4), keepdim=True)
         return stretched((right - low) / (high - low), size)
+
+
+class GuidedBackprop(Peer):
+    """inject(backend="gbp"). It rescales every map to 0 … 1."""
+
+    def __init__(self, network: nn.Module, layer: str, classes: Sequence[int]) -> None:
+        super().__init__(network, layer, classes)
+        self.injected = medcam.inject(network, backend="gbp", label=classes[0], return_attention=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.injected(x.clone())[1][:, :1]
+
+    def expected(self, right: Tensor, size: Sequence[int]) -> Tensor:
+        return (right - right.min()) / (right.max() - right.min())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import MedXAILib as mx
+from benchmarks.cases import background
 from benchmarks.peers import Peer
 from MedXAILib import registry
 from MedXAILib.engines.capture import Captured
@@ -51,3 +52,44 @@ class GradCAM(Explain):
             question = Question(self.model, x, seen, [mx.ClassTarget(c) for c in self.classes])
             found = registry.make(self.method, {"layers": (self.layer,)}).attribute(question)
         return torch.cat([attribution.values.detach() for attribution in found])
+
+
+class LRP(Explain):
+    method = "lrp"
+
+
+class GuidedBackprop(Explain):
+    method = "guided_backprop"
+
+
+class DeconvNet(Explain):
+    method = "deconvnet"
+
+
+class AttentionRelevance(Explain):
+    method = "attention_relevance"
+
+
+class DeepLift(Explain):
+    method = "deeplift"
+
+
+class Against(Explain):
+    """A method that compares the scan with `count` others."""
+
+    def __init__(self, network: nn.Module, layer: str, classes: Sequence[int], count: int, **parameters: Any) -> None:
+        super().__init__(network, layer, classes, **parameters)
+        self.count = count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scans = [mx.Volume(scan, torch.eye(4).numpy()) for scan in background(x, self.count)]
+        maps = mx.explain(self.model, x, self.method, target=self.classes, background=scans, **self.parameters)
+        return torch.cat([m.data for m in maps])
+
+
+class DeepSHAP(Against):
+    method = "deep_shap"
+
+
+class GradientSHAP(Against):
+    method = "gradient_shap"

@@ -43,3 +43,14 @@ class Gradient(Peer):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.explainer(x.clone(), index=self.classes[0])
+
+
+class GuidedBackprop(Peer):
+    """GuidedBackpropGrad, which also gets a copy each time."""
+
+    def __init__(self, network: nn.Module, layer: str, classes: Sequence[int]) -> None:
+        super().__init__(network, layer, classes)
+        self.explainer = monai.visualize.GuidedBackpropGrad(network)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.explainer(x.clone(), index=self.classes[0])

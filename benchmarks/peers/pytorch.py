@@ -19,3 +19,10 @@ class Gradient(Peer):
     def __call__(self, x: Tensor) -> Tensor:
         leaf = x.detach().clone().requires_grad_()
         return torch.autograd.grad(self.network(leaf)[0, self.classes[0]], leaf)[0]
+
+
+class LRP(Gradient):
+    """Gradient times input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * super().__call__(x)

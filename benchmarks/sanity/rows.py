@@ -1,0 +1,99 @@
+"""The rows of the table: every method, in the settings that are worth telling apart, and what they are compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import MedXAILib as mx
+from benchmarks.sanity import patches
+
+LUNG = "five patches of lung without a nodule"
+"""Stands for them among the parameters."""
+
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "gradient": {"": {}, "times input": {"form": "times_input"}},
+    # The quick settings of the slow ones.
+    "smoothgrad": {"8 copies": {"samples": 8}},
+    "vargrad": {"8 copies": {"samples": 8}},
+    "integrated_gradients": {"15 steps": {"steps": 15, "max_steps": 15}},
+    "scorecam": {"16 clusters": {"clusters": 16}},
+    "hirescam": {"": {}, "signed": {"positive": False}},
+    "lrp": {
+        "epsilon": {"composite": "epsilon"},
+        "gamma": {"composite": "gamma"},
+        "z+": {"composite": "alpha_beta"},
+        "alpha-beta, beta 1": {"composite": "alpha_beta", "beta": 1.0},
+        "epsilon-plus": {"composite": "epsilon_plus"},
+        "epsilon-plus-flat": {"composite": "epsilon_plus_flat"},
+    },
+    "deep_shap": {LUNG: {"background": LUNG}},
+    "gradient_shap": {f"20 points, {LUNG}": {"background": LUNG, "samples": 20}},
+}
+"""For a method its settings by name; a method that is not here has one row, with its defaults."""
+
+Maps = Callable[[mx.Model, Tensor, Tensor], Tensor]
+"""From a model, patches (N, C, *spatial) and the classes (N,) to maps (N, *spatial)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to make maps: `method` with `parameters`, or a reference that knows nothing of the network."""
+
+    name: str
+    maps: Maps
+    method: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """Its name as that of a file."""
+        return re.sub(r"[^a-z0-9+]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What its result begins with. A result that begins otherwise is out of date."""
+        return {"name": self.name, "method": self.method, "parameters": dict(self.parameters)}
+
+
+def every() -> Iterator[Row]:
+    """The references, then every method there is."""
+    yield from REFERENCES
+    for method, kind in mx.methods().items():
+        for setting, parameters in SETTINGS.get(method, {"": {}}).items():
+            name = f"{kind.title}, {setting}" if setting else kind.title
+            yield Row(name, asked(method, parameters), method, parameters)
+
+
+def asked(method: str, parameters: Mapping[str, Any]) -> Maps:
+    """The maps of a method, for the classes it is asked about."""
+
+    def maps(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
+        meant = {key: patches.lung() if value == LUNG else value for key, value in parameters.items()}
+        return mx.explain(model, x, method, mx.ClassTarget(tuple(labels.tolist())), **meant).data.sum(1)
+
+    return maps
+
+
+def _centre(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
+    away = [torch.arange(size) - (size - 1) / 2 for size in x.shape[2:]]
+    squares = torch.stack(torch.meshgrid(*away, indexing="ij")).square().sum(0)
+    return torch.exp(-squares / (2 * 8**2)).expand(len(x), *x.shape[2:])
+
+
+def _brightness(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
+    return x.sum(1)
+
+
+def _edges(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack(torch.gradient(x.sum(1), dim=tuple(range(1, x.ndim - 1)))).norm(dim=0)
+
+
+EDGES = Row("Edge detector", _edges)
+"""How steep the scan is. It cannot know the weights, so it must fail when they are re-drawn."""
+REFERENCES = (Row("Centre of the patch", _centre), Row("Brightness of the scan", _brightness), EDGES)

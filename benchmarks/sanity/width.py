@@ -1,0 +1,45 @@
+"""How alike the maps of networks are that have nothing in common but how they are built, as they become wider.
+
+Nie, Zhang, Patel, "A theoretical explanation for perplexing behaviors of backpropagation-based visualizations", 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import MedXAILib as mx
+from benchmarks.sanity import patches, rows
+from benchmarks.sanity.measures import Looks, between, likeness
+from benchmarks.sanity.patches import Patches
+from benchmarks.sanity.randomise import STAGES, with_statistics
+from MedXAILib.networks.lung_nodule import LungNoduleClassifier
+
+METHODS = ("gradient", "deconvnet", "guided_backprop")
+DESCRIBED = {"widths": [16, 64, 192], "networks": 3, "patches": 4}
+"""The filters of the first layer; the demo network has 16 of 4 x 4 x 4 voxels."""
+
+
+def measured() -> dict[str, Any]:
+    """For each width and method the likeness of two maps, and that of a map and the scan."""
+    some = patches.synthetic(patches.demo_model())[: DESCRIBED["patches"]]  # type: ignore[misc]
+    return {"found": list(_each(some))}
+
+
+def _each(some: Patches) -> Iterator[dict[str, Any]]:
+    scan = Looks.of(some.images)
+    for width in DESCRIBED["widths"]:  # type: ignore[attr-defined]
+        models = [_untrained(width, seed, some) for seed in range(DESCRIBED["networks"])]  # type: ignore[call-overload]
+        for method in METHODS:
+            looks = [Looks.of(rows.asked(method, {})(model, some.images, some.labels)) for model in models]
+            like_scan = sum(likeness(look, scan)["correlation"] for look in looks) / len(looks)
+            yield {"width": width, "method": method, "scan": like_scan, **between(looks)}
+
+
+def _untrained(width: int, seed: int, some: Patches) -> mx.Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = LungNoduleClassifier(width=width).eval()
+    return mx.Model(with_statistics(network, STAGES, some.images))
