@@ -21,7 +21,11 @@ _FEW = 8
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
-        y = torch.convolution(x, weight, bias, **options)
+        # By these names, not as torch.convolution, a CPU's autocast knows it.
+        kind = "conv_transpose" if options["transposed"] else "conv"
+        left_out = ("transposed",) if options["transposed"] else ("transposed", "output_padding")
+        given = {name: value for name, value in options.items() if name not in left_out}
+        y: Tensor = getattr(F, f"{kind}{x.ndim - 2}d")(x, weight, bias, **given)
         ctx.options, ctx.size, ctx.outside, ctx.inside = options, x.shape, x.dtype, y.dtype
         ctx.save_for_backward(weight)
         return y

@@ -138,6 +138,11 @@ def _length(x: Tensor, dim: Any, keepdim: bool = False, p: float = 2.0) -> Tenso
     return x.abs().sum(dim, keepdim) if p == 1 else (x.abs() ** p).sum(dim, keepdim) ** (1 / p)
 
 
+def _norm(input: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Tensor:
+    p = named.get("ord", p)
+    return _length(input, tuple(range(input.ndim)) if dim is None else dim, keepdim, 2 if p in (None, "fro") else p)
+
+
 def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None) -> Tensor:
     return input / _length(input, dim, True, p).clamp_min(eps)
 
@@ -174,7 +179,10 @@ DECOMPOSED: dict[str, Callable[..., Any]] = {
     "normalize": _normalize,
     "var": _variance,
     "std": _deviation,
-    "log_softmax": lambda input, dim=None, *_, **__: input.softmax(dim).log(),
+    "log_softmax": lambda input, dim=None, *_, **__: input - input.logsumexp(dim, keepdim=True),
+    "norm": _norm,
+    "vector_norm": _norm,
+    "linalg_vector_norm": _norm,
     "softmin": lambda input, dim=None, *_, **__: (-input).softmax(dim),
     "glu": _glu,
     "addmm": _addmm,

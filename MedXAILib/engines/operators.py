@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,15 +36,15 @@ MEMBERS = {
     WEIGHTED: frozenset({"conv", "conv_transpose", "linear"}),
     ACTIVATION: KEEP_ZERO
     | frozenset(
-        "sigmoid hardsigmoid softplus logsigmoid exp exp2 log log2 log10 rsqrt reciprocal pow float_power clamp clip "
-        "clamp_min clamp_max cos erfc logit".split()
+        "sigmoid hardsigmoid softplus logsigmoid log_sigmoid exp exp2 log log2 log10 rsqrt reciprocal pow float_power "
+        "clamp clip clamp_min clamp_max cos erfc logit".split()
     ),
     NORMALISATION: frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}),
-    SOFTMAX: frozenset({"softmax"}),
+    SOFTMAX: frozenset({"softmax", "logsumexp"}),
     PRODUCT: frozenset("mul multiply rmul matmul rmatmul mm bmm mv dot inner outer einsum tensordot".split()),
     DIVISION: frozenset("div divide true_divide truediv rdiv rtruediv".split()),
     POOLING: frozenset({"max_pool", "adaptive_max_pool"}),
-    MAXIMUM: frozenset({"amax", "max", "amin", "min"}),
+    MAXIMUM: frozenset("amax max amin min maximum minimum fmax fmin".split()),
     # What changes the place of values, or drops some of them, and not the values.
     MOVE: frozenset(
         "reshape view view_as reshape_as flatten unflatten ravel permute transpose t adjoint movedim moveaxis swapaxes "
@@ -150,6 +150,9 @@ def replaced(values: Any, new: Callable[[Tensor], Any]) -> Any:
     return values
 
 
+Change = Callable[[Tensor], Tensor]
+"""From a weight to another of the same shape, or with more input channels."""
+
 _OPTIONS = {
     "conv": "stride padding dilation groups".split(),
     "conv_transpose": "stride padding output_padding groups dilation".split(),
@@ -160,50 +163,64 @@ _OPTIONS = {
 class Affine:
     """A convolution, transposed convolution or linear layer, y = T(x, weight) + bias.
 
-    `weight` is as PyTorch has it, `bias` (K,) or None.
+    `stored` is the weight as PyTorch has it, `gain` (K,) what its outputs are multiplied by, `bias` (K,) or None. A
+    weight that a rule makes is made again in the backward instead of being kept: a network's weights can be larger
+    than a scan's activations.
     """
 
     func: Callable[..., Tensor]
     name: str
     x: Tensor
-    weight: Tensor
+    stored: Tensor
+    gain: Tensor | None
     bias: Tensor | None
-    options: tuple[Any, ...]
-    keywords: dict[str, Any]
+    given: dict[str, Any]
 
     @classmethod
     def of(cls, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Affine:
         """That of a call."""
-        kwargs = dict(kwargs)
-        keys = ("input", "weight", "bias")
-        x, weight, bias = (args[i] if len(args) > i else kwargs.pop(key, None) for i, key in enumerate(keys))
-        return cls(func, name, x, weight, bias, args[3:], kwargs)
+        named = dict(zip(("input", "weight", "bias", *_OPTIONS.get(name, ())), args, strict=False)) | kwargs
+        x, weight, bias = (named.pop(key, None) for key in ("input", "weight", "bias"))
+        return cls(func, name, x, weight, None, bias, named)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        given = dict(zip(_OPTIONS.get(self.name, ()), self.options, strict=False)) | self.keywords
-        if self.name not in _OPTIONS or x.ndim != weight.ndim or isinstance(given.get("padding"), str):
-            return self.func(x, weight, bias, *self.options, **self.keywords)
-        return convolution(x, weight, bias, **given, transposed=self.name == "conv_transpose")
+    def __call__(self, x: Tensor, bias: Tensor | None = None, change: Change | None = None) -> Tensor:
+        """T(x, change(weight)) + bias."""
+        weight = self._weight(change)
+        place = None if weight.data_ptr() == self.stored.data_ptr() else weight.data_ptr()
 
-    def of_both(self, x: Tensor, weight: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
-        """`weight` on the positive part of `x` and `other` on the negative one, added up."""
+        def kept(tensor: Tensor) -> Tensor | tuple[Sequence[int], Sequence[int]]:
+            return (tensor.shape, tensor.stride()) if tensor.data_ptr() == place else tensor
+
+        def again(kept: Tensor | tuple[Sequence[int], Sequence[int]]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self._weight(change).as_strided(*kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, again):
+            if self.name not in _OPTIONS or x.ndim != weight.ndim or isinstance(self.given.get("padding"), str):
+                return self.func(x, weight, bias, **self.given)
+            return convolution(x, weight, bias, **self.given, transposed=self.name == "conv_transpose")
+
+    def of_both(self, x: Tensor, bias: Tensor | None, change: Change, other: Change) -> Tensor:
+        """T(x+, change(weight)) + T(x-, other(weight)) + bias."""
         high, low = x.clamp(min=0), x.clamp(max=0)
-        grouped = "groups" in self.keywords or self.options[3:4] not in ((), (1,))
-        if self.name == "conv" and x.ndim == weight.ndim and not grouped:
-            # At once: few input channels cost no less than twice as many.
-            return self(torch.cat([high, low], 1), torch.cat([weight, other], 1), bias)
-        return self(high, weight, bias) + self(low, other)
+        if self.name == "conv" and self.given.get("groups", 1) == 1 and x.ndim == self.stored.ndim:
+            # At once: twice as many input channels cost no more where they are few.
+            return self(torch.cat([high, low], 1), bias, lambda weight: torch.cat([change(weight), other(weight)], 1))
+        return self(high, bias, change) + self(low, None, other)
 
     def followed(self, gain: Tensor, shift: Tensor) -> Affine:
         """This operator followed by y * gain + shift, both (K,), as one."""
         bias = shift if self.bias is None else self.bias * gain + shift
-        weight = self.weight
-        if self.name == "conv_transpose":
-            # (in, out / groups, ...), and each group has its own outputs.
-            groups = int(self.keywords.get("groups", self.options[3] if len(self.options) > 3 else 1))
-            gain = gain.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).reshape(weight.shape[:2])
-        weight = weight * gain.reshape(*gain.shape, *[1] * (weight.ndim - gain.ndim))
-        return Affine(self.func, self.name, self.x, weight, bias, self.options, self.keywords)
+        return replace(self, gain=gain if self.gain is None else self.gain * gain, bias=bias)
+
+    def _weight(self, change: Change | None) -> Tensor:
+        weight, gain = self.stored.detach(), self.gain
+        if gain is not None:
+            if self.name == "conv_transpose":
+                # (in, out / groups, ...), and each group has its own outputs.
+                groups = self.given.get("groups", 1)
+                gain = gain.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).reshape(weight.shape[:2])
+            weight = weight * gain.reshape(*gain.shape, *[1] * (weight.ndim - gain.ndim))
+        return weight if change is None else change(weight)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from MedXAILib.engines.decompositions import DECOMPOSED
 from MedXAILib.engines.operators import (
+    ACTIVATION,
     DIVISION,
     FIXED,
     LINEAR,
@@ -165,15 +166,15 @@ class Call:
 
     def on(self, *instead: Tensor) -> Any:
         """What it gives for tensors `instead` of those given."""
-        new = {id(old): tensor for old, tensor in zip(self.given, instead, strict=True)}
-        swapped = replaced((self.args, self.kwargs), lambda t: new.get(id(t), t))
+        left = iter(instead)
+        swapped = replaced((self.args, self.kwargs), lambda t: t if trace(t) is None else next(left))
         return self.func(*swapped[0], **swapped[1])
 
     def weighted(self) -> Tensor:
         """What a weighted operator gives, with its own gradient."""
         assert self.affine is not None
         bias = None if self.affine.bias is None else self.constant(self.affine.bias)
-        y = self.affine(self.affine.x, self.affine.weight, bias)
+        y = self.affine(self.affine.x, bias)
         # Where relevance has to add up, only the products themselves are in the lower precision.
         return y.float() if self.composite.strict and torch.is_autocast_enabled(y.device.type) else y
 
@@ -388,12 +389,20 @@ class Interception(TorchFunctionMode):
         assert self.record is not None
         name, others = self.record[self._compared] if self._compared < len(self.record) else ("", ())
         if name != call.name or [t.shape for t in others] != [t.shape for t in call.given]:
-            raise MedXAIError(
-                "This network takes another way for the baseline than for the scan, so that they cannot be compared: "
-                "use gradient_shap or integrated_gradients."
-            )
+            raise MedXAIError(_ANOTHER_WAY)
         self._compared += 1
         return others
+
+    def finished(self) -> None:
+        """The forward is over: nothing may be left to compare with."""
+        if self.record is not None and self._compared < len(self.record):
+            raise MedXAIError(_ANOTHER_WAY)
+
+
+_ANOTHER_WAY = (
+    "This network takes another way for the baseline than for the scan, so that they cannot be compared: use "
+    "gradient_shap or integrated_gradients."
+)
 
 
 class Recording(Interception):
@@ -450,7 +459,7 @@ def _kind(call: Call) -> str:
     ):
         return FIXED
     # A convolution with weights made from the input is none that a rule knows.
-    if kind == WEIGHTED and len(call.given) > 1:
+    if len(call.given) > {WEIGHTED: 1, ACTIVATION: 1, PRODUCT: 2}.get(kind, len(call.given)):
         return UNKNOWN
     return kind
 
@@ -482,6 +491,7 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
     with intercepting(question.model, mode):
         leaf = mode.start(x)
         values = question.values(leaf)
+    mode.finished()
     return came_back(question, mode.book, values, leaf)
 
 

@@ -1,8 +1,9 @@
 """DeepLIFT: multipliers of differences from a baseline, m (x - x'), that add up to the change of the target exactly.
 
 Shrikumar, Greenside, Kundaje, "Learning important features through propagating activation differences", 2017 (rescale
-rule). A product and everything made of products is split at the midpoint, which is its Shapley value (Lundberg and Lee,
-"A unified approach to interpreting model predictions", 2017), so that normalisations, softmax and attention add up too.
+rule). A product is split at the midpoint, which is its Shapley value (Lundberg and Lee, "A unified approach to
+interpreting model predictions", 2017), normalisations and quotients so that a constant baseline does no harm, and
+attention adds up too.
 """
 
 from __future__ import annotations
@@ -130,12 +131,16 @@ class Softened(_Comparing):
 
     def __call__(self, call: Call) -> Tensor:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
-        x, other = call.x.double(), call.others[0].double()
-        whole, whole_other = (t.logsumexp(dim, keepdim=True) for t in (x.detach(), other))
-        share = (_log_mean(x.detach(), other) - _log_mean(whole, whole_other)).exp()
-        slope = _log_mean(x.detach() - whole, other - whole_other).exp()
-        same = (x - (x * share).sum(dim, keepdim=True)) * slope
-        return _with(call.value(), same.to(call.x.dtype), call)
+        x, other = call.x.detach().double(), call.others[0].double()
+        whole, whole_other = (t.logsumexp(dim, keepdim=True) for t in (x, other))
+        # What is kept is between 0 and 1, and needs no more than single precision.
+        share = (_log_mean(x, other) - _log_mean(whole, whole_other)).exp().to(call.x)
+        summed = (call.x * share).sum(dim, keepdim=True)
+        y = call.value()
+        if call.name == "logsumexp":
+            return _with(y, summed.reshape(y.shape), call)
+        slope = _log_mean(x - whole, other - whole_other).exp().to(call.x)
+        return _with(y, (call.x - summed) * slope, call)
 
 
 def _log_mean(a: Tensor, b: Tensor) -> Tensor:

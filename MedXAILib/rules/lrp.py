@@ -8,6 +8,7 @@ adds up from contributions x w; w+ and w- are the positive and negative parts of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -23,6 +24,8 @@ from MedXAILib.engines.operators import (
     PRODUCT,
     SOFTMAX,
     WEIGHTED,
+    Affine,
+    Change,
 )
 from MedXAILib.engines.rules import Call, Composite, Rule, Way, send
 from MedXAILib.errors import unknown
@@ -131,7 +134,7 @@ class Flat(_Proportional):
 
     def __call__(self, call: Call) -> Tensor:
         affine, ones = _affine(call), _as_one(call)
-        p = affine(ones, torch.ones_like(affine.weight))
+        p = affine(ones, None, torch.ones_like)
         return send(_result(call), self._way(_result(call), p), call=call)
 
 
@@ -144,7 +147,7 @@ class WSquare(_Proportional):
     def __call__(self, call: Call) -> Tensor:
         affine, ones = _affine(call), _as_one(call)
         bias = None if affine.bias is None else call.constant(affine.bias.square())
-        return send(_result(call), self._way(_result(call), affine(ones, affine.weight.square(), bias)), call=call)
+        return send(_result(call), self._way(_result(call), affine(ones, bias, torch.square)), call=call)
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,11 @@ class ZBox(_Proportional):
     def __call__(self, call: Call) -> Tensor:
         affine, x = _affine(call), call.x
         flat = x.detach().flatten(2)
-        p = affine(x, affine.weight, _bias(call, None))
+        p = affine(x, _bias(call, None))
         for bound, sign in ((flat.amin(2), 1), (flat.amax(2), -1)):
             edge = bound.reshape(*bound.shape, *[1] * (x.ndim - 2)).expand_as(x)
             at_edge = send(edge, (x, edge / nonzero(x.detach()), 0.0), call=call)
-            p = p - affine(at_edge, _part(affine.weight, sign), _bias(call, sign))
+            p = p - affine(at_edge, _bias(call, sign), partial(_part, sign=sign))
         return send(_result(call), self._way(_result(call), p), call=call)
 
 
@@ -200,7 +203,8 @@ def _result(call: Call) -> Tensor:
     return call.result
 
 
-def _affine(call: Call) -> Any:
+def _affine(call: Call) -> Affine:
+    assert call.affine is not None
     return call.affine
 
 
@@ -232,11 +236,11 @@ def _negative(call: Call, gain: float, rest: float) -> Tensor:
 def _summed(call: Call, gain: float, rest: float, sign: int) -> Tensor:
     affine, x = _affine(call), call.x
 
-    def changed(tensor: Tensor, sign: int) -> Tensor:
-        return _part(tensor, sign) * gain + tensor * rest
+    def changed(sign: int) -> Change:
+        return lambda tensor: _part(tensor, sign) * gain + tensor * rest
 
-    bias = None if affine.bias is None else call.constant(changed(affine.bias, sign))
+    bias = None if affine.bias is None else call.constant(changed(sign)(affine.bias))
     # After most activations nothing is negative, and half of the work falls away.
     if not bool(x.detach().amin() < 0):
-        return affine(x, changed(affine.weight, sign), bias)
-    return affine.of_both(x, changed(affine.weight, sign), changed(affine.weight, -sign), bias)
+        return affine(x, bias, changed(sign))
+    return affine.of_both(x, bias, changed(sign), changed(-sign))

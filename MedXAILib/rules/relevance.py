@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from MedXAILib.engines.operators import KEEP_ZERO, Normalisation
-from MedXAILib.engines.rules import Call, Rule, send, trace
+from MedXAILib.engines.rules import Book, Call, Rule, send, trace
 from MedXAILib.rules.gradient import Rectified, answer, pooled, taken
 
 # Keeps the relevance of a voxel finite whose value is 0 and whose activation is not.
@@ -63,34 +63,31 @@ class Held(Rule):
         return y.reshape(call.x.shape)
 
 
-class _Accounted(torch.autograd.Function):
-    """A softmax y of x; its gradient holds for the linear part of it, and the constant part is counted as lost."""
+class _Tap(torch.autograd.Function):
+    """x; the relevance that comes by is added to what is lost, or taken from it."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, dim: int, book: Any) -> Tensor:
-        ctx.dim, ctx.book = dim, book
-        ctx.save_for_backward(y, x)
-        return y.view_as(y)
+    def forward(ctx: Any, x: Tensor, sign: int, book: Book) -> Tensor:
+        ctx.sign, ctx.book = sign, book
+        ctx.save_for_backward(x)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (m,), (y, x) = gradients, ctx.saved_tensors
-        # Where a mask says minus infinity, nothing is read.
-        weighted = torch.where(y == 0, 0, y * x)
-        linear = weighted - y * weighted.sum(ctx.dim, keepdim=True)
-        ctx.book.lost += float((m * (y - linear)).sum(dtype=torch.float64))
-        return m, None, None, None
+        (m,), (x,) = gradients, ctx.saved_tensors
+        # Where a mask says minus infinity, nothing comes by.
+        ctx.book.lost += ctx.sign * float(torch.where(m == 0, 0, m * x).sum(dtype=torch.float64))
+        return m, None, None
 
 
 @dataclass(frozen=True)
 class Linearised(Rule):
-    """A softmax as its tangent at these values."""
+    """A softmax as its tangent at these values; what that leaves of the values is lost."""
 
     title: ClassVar[str] = "tangent"
 
     def __call__(self, call: Call) -> Tensor:
-        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
-        y: Tensor = _Accounted.apply(call.plain(), call.x.detach(), dim, call.book)
+        y: Tensor = _Tap.apply(call.on(_Tap.apply(call.x, -1, call.book)), 1, call.book)
         return y
 
 

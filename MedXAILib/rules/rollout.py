@@ -41,10 +41,9 @@ class Evenly(Rule):
 
     def __call__(self, call: Call) -> Tensor:
         assert call.affine is not None and call.result is not None
-        ones = torch.ones_like(call.affine.weight)
         with torch.no_grad():
-            seen = call.affine(torch.ones_like(call.x[:1]), ones)
-        return send(call.result, (call.affine(call.x, ones), 1 / seen.clamp_min(1), 0.0), call=call)
+            seen = call.affine(torch.ones_like(call.x[:1]), None, torch.ones_like)
+        return send(call.result, (call.affine(call.x, None, torch.ones_like), 1 / seen.clamp_min(1), 0.0), call=call)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from MedXAILib.rules.deeplift import DEEPLIFT
 from MedXAILib.visual.baseline import Baseline, baseline
 from MedXAILib.visual.smoothing import Smoothable
 
+# A completeness residual beyond this is said in words.
+_COMPLETE = 0.01
+
 
 class DeepLIFT(Smoothable):
     """How does each voxel's difference from a baseline add up to the difference of the score, operator by operator?"""
@@ -42,6 +45,11 @@ def contributions(
     found = []
     for back, top in zip(multipliers(question, start, DEEPLIFT, seen), at_sample, strict=True):
         values, change = back.m * (x - start), top - back.value
-        missed = (values.flatten(1).sum(1, dtype=values.dtype) - change).abs() / change.abs().clamp_min(1e-12)
-        found.append(Attribution(values, {"completeness": float(missed.max())}))
+        missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
+        if missed > _COMPLETE:
+            question.run.note(
+                f"{missed:.0%} of the change of the score is not accounted for: the network selects other values for "
+                "the baseline than for the scan, or its score hardly changes; try another baseline."
+            )
+        found.append(Attribution(values, {"completeness": missed}))
     return found

@@ -54,21 +54,14 @@ def randomised(
     """How alike the maps of `some` patches stay while the weights are re-drawn.
 
     `cascade` has for each draw and each stage the likeness to the map of `model`; `untrained` that of the maps of two
-    networks with nothing but re-drawn weights, and how often the peak of such a map is in the nodule. `signed` says
-    whether any of all these maps has a negative value.
+    networks with nothing but re-drawn weights, and how often the peak of such a map is in the nodule.
     """
     own = Looks.of(maps(model, some.images, some.labels))
     steps, last, peaks = [], [], []
-    signed = bool((own.values < 0).any())
     for networks in cascades:
         drawn = [maps(network, some.images, some.labels) for network in networks]
-        signed |= any(bool((d < 0).any()) for d in drawn)
-        looks = [Looks.of(d) for d in drawn]
+        looks = [Looks.of(one) for one in drawn]
         steps.append([likeness(own, look) for look in looks])
         last.append(looks[-1])
         peaks.append(located(drawn[-1], some.masks)["peak"])
-    return {
-        "signed": signed,
-        "cascade": steps,
-        "untrained": {**between(last), "peak": sum(peaks) / len(peaks)},
-    }
+    return {"cascade": steps, "untrained": {**between(last), "peak": sum(peaks) / len(peaks)}}

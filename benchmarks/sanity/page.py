@@ -93,9 +93,9 @@ def verdict(values: Sequence[float], limit: float) -> str:
     return "**fails**" if min(values) >= limit else "undecided"
 
 
-def of_head(row: Result, limits: Mapping[str, float]) -> str:
-    """Whether a map notices that the class head is new."""
-    return verdict(at(row, 0, "correlation"), limits["correlation"]) if row["signed"] else "no sign"
+def of_top(row: Result, limits: Mapping[str, float]) -> str:
+    """Whether a map notices that the class head and the layer before it are new."""
+    return verdict(at(row, 1, "correlation"), limits["correlation"])
 
 
 def of_weights(row: Result, limits: Mapping[str, float]) -> str:
@@ -116,8 +116,9 @@ def _cascade(found: Sequence[Result], limits: Mapping[str, float]) -> str:
     lines = []
     for row in found:
         stages = [mean(at(row, stage, "correlation")) for stage in range(len(STAGES))]
-        lines.append([row["name"], *map(_two, (*stages, mean(stages))), of_head(row, limits)])
-    return _table(["", *STAGES, "mean", "new class_head"], lines, words=1)
+        numbers = (mean(at(row, 0, "signed")), *stages, mean(stages))
+        lines.append([row["name"], *map(_two, numbers), of_top(row, limits)])
+    return _table(["", f"{STAGES[0]}, signed", *STAGES, "mean", f"up to {STAGES[1]}"], lines, words=1)
 
 
 def _all_new(found: Sequence[Result], limits: Mapping[str, float]) -> str:
