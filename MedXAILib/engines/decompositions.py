@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from MedXAILib.errors import MedXAIError
+
 
 def _attention(
     query: Tensor,
@@ -139,8 +141,10 @@ def _length(x: Tensor, dim: Any, keepdim: bool = False, p: float = 2.0) -> Tenso
 
 
 def _norm(input: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Tensor:
-    p = named.get("ord", p)
-    return _length(input, tuple(range(input.ndim)) if dim is None else dim, keepdim, 2 if p in (None, "fro") else p)
+    p = named.get("ord", 2 if p in (None, "fro") else p)
+    if not isinstance(p, (int, float)) or not 0 < p < math.inf:
+        raise MedXAIError(f"There is no rule for a norm of order {p}: use gradient or integrated_gradients.")
+    return _length(input, tuple(range(input.ndim)) if dim is None else dim, keepdim, p)
 
 
 def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None) -> Tensor:

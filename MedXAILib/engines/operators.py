@@ -36,8 +36,8 @@ MEMBERS = {
     WEIGHTED: frozenset({"conv", "conv_transpose", "linear"}),
     ACTIVATION: KEEP_ZERO
     | frozenset(
-        "sigmoid hardsigmoid softplus logsigmoid log_sigmoid exp exp2 log log2 log10 rsqrt reciprocal pow float_power "
-        "clamp clip clamp_min clamp_max cos erfc logit".split()
+        "sigmoid hardsigmoid softplus logsigmoid log_sigmoid exp exp2 log log2 log10 rsqrt reciprocal pow rpow "
+        "float_power clamp clip clamp_min clamp_max cos erfc logit".split()
     ),
     NORMALISATION: frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}),
     SOFTMAX: frozenset({"softmax", "logsumexp"}),
@@ -160,19 +160,34 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Affine:
-    """A convolution, transposed convolution or linear layer, y = T(x, weight) + bias.
+class Weight:
+    """A weight as PyTorch has it, times the `gain` (K,) of what follows its operator, if any."""
 
-    `stored` is the weight as PyTorch has it, `gain` (K,) what its outputs are multiplied by, `bias` (K,) or None. A
-    weight that a rule makes is made again in the backward instead of being kept: a network's weights can be larger
-    than a scan's activations.
-    """
+    stored: Tensor
+    transposed: bool
+    groups: int
+    gain: Tensor | None = None
+
+    def __call__(self, change: Change | None = None) -> Tensor:
+        """The weight, changed."""
+        weight, gain = self.stored.detach(), self.gain
+        if gain is not None:
+            if self.transposed:
+                # (in, out / groups, ...), and each group has its own outputs.
+                gain = gain.reshape(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1)
+                gain = gain.reshape(weight.shape[:2])
+            weight = weight * gain.reshape(*gain.shape, *[1] * (weight.ndim - gain.ndim))
+        return weight if change is None else change(weight)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A convolution, transposed convolution or linear layer, y = T(x, weight) + bias, with `bias` (K,) or None."""
 
     func: Callable[..., Tensor]
     name: str
     x: Tensor
-    stored: Tensor
-    gain: Tensor | None
+    weight: Weight
     bias: Tensor | None
     given: dict[str, Any]
 
@@ -181,28 +196,33 @@ class Affine:
         """That of a call."""
         named = dict(zip(("input", "weight", "bias", *_OPTIONS.get(name, ())), args, strict=False)) | kwargs
         x, weight, bias = (named.pop(key, None) for key in ("input", "weight", "bias"))
-        return cls(func, name, x, weight, None, bias, named)
+        stored = Weight(weight, name == "conv_transpose", named.get("groups", 1))
+        return cls(func, name, x, stored, bias, named)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, change: Change | None = None) -> Tensor:
-        """T(x, change(weight)) + bias."""
-        weight = self._weight(change)
-        place = None if weight.data_ptr() == self.stored.data_ptr() else weight.data_ptr()
+        """T(x, change(weight)) + bias.
+
+        A weight that had to be made is made again in the backward instead of being kept: a network's weights can be
+        larger than a scan's activations.
+        """
+        made, make = self.weight(change), self.weight
+        if made.data_ptr() == make.stored.data_ptr():
+            return self._applied(x, made, bias)
+        place = made.data_ptr()
 
         def kept(tensor: Tensor) -> Tensor | tuple[Sequence[int], Sequence[int]]:
             return (tensor.shape, tensor.stride()) if tensor.data_ptr() == place else tensor
 
         def again(kept: Tensor | tuple[Sequence[int], Sequence[int]]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._weight(change).as_strided(*kept)
+            return kept if isinstance(kept, Tensor) else make(change).as_strided(*kept)
 
         with torch.autograd.graph.saved_tensors_hooks(kept, again):
-            if self.name not in _OPTIONS or x.ndim != weight.ndim or isinstance(self.given.get("padding"), str):
-                return self.func(x, weight, bias, **self.given)
-            return convolution(x, weight, bias, **self.given, transposed=self.name == "conv_transpose")
+            return self._applied(x, made, bias)
 
     def of_both(self, x: Tensor, bias: Tensor | None, change: Change, other: Change) -> Tensor:
         """T(x+, change(weight)) + T(x-, other(weight)) + bias."""
         high, low = x.clamp(min=0), x.clamp(max=0)
-        if self.name == "conv" and self.given.get("groups", 1) == 1 and x.ndim == self.stored.ndim:
+        if self.name == "conv" and self.weight.groups == 1 and x.ndim == self.weight.stored.ndim:
             # At once: twice as many input channels cost no more where they are few.
             return self(torch.cat([high, low], 1), bias, lambda weight: torch.cat([change(weight), other(weight)], 1))
         return self(high, bias, change) + self(low, None, other)
@@ -210,17 +230,13 @@ class Affine:
     def followed(self, gain: Tensor, shift: Tensor) -> Affine:
         """This operator followed by y * gain + shift, both (K,), as one."""
         bias = shift if self.bias is None else self.bias * gain + shift
-        return replace(self, gain=gain if self.gain is None else self.gain * gain, bias=bias)
+        so_far = self.weight.gain
+        return replace(self, weight=replace(self.weight, gain=gain if so_far is None else so_far * gain), bias=bias)
 
-    def _weight(self, change: Change | None) -> Tensor:
-        weight, gain = self.stored.detach(), self.gain
-        if gain is not None:
-            if self.name == "conv_transpose":
-                # (in, out / groups, ...), and each group has its own outputs.
-                groups = self.given.get("groups", 1)
-                gain = gain.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).reshape(weight.shape[:2])
-            weight = weight * gain.reshape(*gain.shape, *[1] * (weight.ndim - gain.ndim))
-        return weight if change is None else change(weight)
+    def _applied(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.name not in _OPTIONS or x.ndim != weight.ndim or isinstance(self.given.get("padding"), str):
+            return self.func(x, weight, bias, **self.given)
+        return convolution(x, weight, bias, **self.given, transposed=self.weight.transposed)
 
 
 @dataclass(frozen=True)

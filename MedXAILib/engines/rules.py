@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -174,9 +174,7 @@ class Call:
         """What a weighted operator gives, with its own gradient."""
         assert self.affine is not None
         bias = None if self.affine.bias is None else self.constant(self.affine.bias)
-        y = self.affine(self.affine.x, bias)
-        # Where relevance has to add up, only the products themselves are in the lower precision.
-        return y.float() if self.composite.strict and torch.is_autocast_enabled(y.device.type) else y
+        return self.affine(self.affine.x, bias)
 
     def normalised(self) -> Tensor:
         """What a normalisation with fixed statistics gives, with its own gradient."""
@@ -232,6 +230,12 @@ def mark(tensor: Tensor, known: Trace) -> Tensor:
     return tensor
 
 
+_OUT_OF_SIGHT = (
+    "A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of its own: {}): use "
+    "gradient or integrated_gradients."
+)
+
+
 class Unseen(MedXAIError):
     """A part of the network is out of sight, so that no rule can be applied there."""
 
@@ -275,10 +279,11 @@ class Interception(TorchFunctionMode):
                 result = DECOMPOSED[name](*args, **kwargs)
         else:
             result = self._sent(name, func, args, kwargs)
-        if inplace and target is not None:
+        if inplace and target is not None and result is not target:
             self._stand_ins[target] = result
             storage = target.untyped_storage()
-            self._stale[storage.data_ptr()] = StorageWeakRef(storage)
+            if storage.data_ptr() != result.untyped_storage().data_ptr():
+                self._stale[storage.data_ptr()] = StorageWeakRef(storage)
         return result
 
     def _sent(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -298,6 +303,9 @@ class Interception(TorchFunctionMode):
             if kind == WEIGHTED:
                 return self._weighted(call, rule)
             result = self._by_rule(call, rule)
+        if self.composite.strict and torch.is_autocast_enabled(call.x.device.type):
+            # Where relevance has to add up, only the products themselves are in the lower precision.
+            result = replaced(result, _wide)
         for t in tensors(result):
             self.book.largest = max(self.book.largest, t.nbytes)
             if t.is_floating_point():
@@ -309,7 +317,7 @@ class Interception(TorchFunctionMode):
         with torch.set_grad_enabled(rule.through):
             result = call.weighted()
         # A batch normalisation may follow that belongs to it.
-        return mark(result, Trace(call=call, rule=rule))
+        return mark(_noticed(result), Trace(call=call, rule=rule))
 
     def _merged(self, args: Any, kwargs: Any) -> Tensor | None:
         normalisation = Normalisation.of("batch_norm", args, kwargs)
@@ -322,7 +330,7 @@ class Interception(TorchFunctionMode):
         with torch.set_grad_enabled(before.rule.through):
             result = torch.addcmul(call.constant(shift), normalisation.x, gain)
         self.book.count(before.rule.title, "batch_norm")
-        return mark(result, Trace(call=call, rule=before.rule))
+        return mark(_noticed(result), Trace(call=call, rule=before.rule))
 
     def _on_its_way(self, tensor: Tensor) -> Tensor:
         """`tensor`, with the way back of the weighted operator that it is the result of."""
@@ -358,7 +366,7 @@ class Interception(TorchFunctionMode):
         """What stands for `tensor` since it was worked on in place."""
         while tensor in self._stand_ins:
             tensor = self._stand_ins[tensor]
-        if self._stale and trace(tensor) is not None:
+        if self._stale:
             storage = tensor.untyped_storage()
             old = self._stale.get(storage.data_ptr())
             if old is not None and not old.expired():
@@ -370,12 +378,9 @@ class Interception(TorchFunctionMode):
 
     def _follows(self, tensor: Tensor) -> bool:
         """Whether `tensor` depends on the input."""
-        if trace(tensor) is None and tensor.requires_grad:
+        if trace(tensor) is None and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
             if not tensor.is_leaf:
-                raise Unseen(
-                    "A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of "
-                    f"its own made a tensor: {type(tensor.grad_fn).__name__}): use gradient or integrated_gradients."
-                )
+                raise Unseen(_OUT_OF_SIGHT.format(type(tensor.grad_fn).__name__))
             mark(tensor, Trace())
         return trace(tensor) is not None
 
@@ -432,9 +437,29 @@ def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
                 f"{what} is {how}, and operators inside it cannot be seen: give the network as Python code or a MONAI "
                 "bundle, or use gradient or integrated_gradients."
             )
-    # A network's own checkpoints would run again in the backward, where nothing is intercepted.
-    with patch.object(torch.utils.checkpoint, "checkpoint", _at_once), mode:
+    # A network's own checkpoints would run again in the backward, where nothing is intercepted; and the operators in a
+    # function of its own are none that its backward goes by.
+    at_once = patch.object(torch.utils.checkpoint, "checkpoint", _at_once)
+    with at_once, patch.object(torch.autograd.Function, "apply", classmethod(_refused)), mode:
         yield mode
+
+
+_apply: Any = torch.autograd.Function.apply
+
+
+def _refused(function: Any, *args: Any, **kwargs: Any) -> Any:
+    if function.__module__.partition(".")[0] != "MedXAILib" and any(trace(t) is not None for t in tensors(args)):
+        raise Unseen(_OUT_OF_SIGHT.format(function.__name__))
+    return _apply.__func__(function, *args, **kwargs)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _noticed(tensor: Tensor) -> Tensor:
+    """`tensor`, so that what is made of it out of sight can be told from a constant."""
+    return tensor if tensor.requires_grad else tensor.requires_grad_()
 
 
 def _untraced(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from MedXAILib.engines.operators import (
     Normalisation,
 )
 from MedXAILib.engines.rules import Call, Composite, Rule, send, trace
-from MedXAILib.rules.gradient import answer, pooled, taken
+from MedXAILib.rules.gradient import answer, pooled, rank, taken
 
 # Differences smaller than this part of the values are rounding: there the derivative stands for the quotient.
 _ROUNDING = 1e-5
@@ -160,8 +160,8 @@ class Winner(_Comparing):
         y, index = pooled(call, x.detach())
         y_other, index_other = pooled(call, other)
         winner = torch.where(y >= y_other, index, index_other)
-        best = taken(x, winner)
-        gap = best.detach() - taken(other, winner)
+        best = taken(x, winner, rank(call))
+        gap = best.detach() - taken(other, winner, rank(call))
         slope = torch.where(gap == 0, 0, (y - y_other) / torch.where(gap == 0, 1, gap))
         return answer(call, send(y, (best, slope, 0.0), call=call), index)
 

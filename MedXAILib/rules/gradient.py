@@ -45,20 +45,25 @@ class Pooled(Rule):
 
     def __call__(self, call: Call) -> Any:
         _, index = pooled(call, call.x.detach())
-        return answer(call, taken(call.x, index), index)
+        return answer(call, taken(call.x, index, rank(call)), index)
 
 
 def pooled(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     """A max pooling of `x`, and where its maxima are (as max_unpool takes it)."""
-    pool = getattr(F, f"{call.name}{x.ndim - 2}d")
+    pool = getattr(F, f"{call.name}{rank(call)}d")
     # The last of seven positional arguments is whether to return the places too.
     y, index = pool(x, *call.args[1:6], **{**call.kwargs, "return_indices": True})
     return y, index
 
 
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    """The values of `x` (N, C, *spatial) at the places `index` (N, C, *grid)."""
-    return x.flatten(2).gather(2, index.flatten(2)).reshape(index.shape)
+def rank(call: Call) -> int:
+    """The number of spatial dimensions of a pooling, whose input may have no N."""
+    return int(call.func.__name__.partition("pool")[2][0])
+
+
+def taken(x: Tensor, index: Tensor, rank: int) -> Tensor:
+    """The values of `x` (..., *spatial) at the places `index` (..., *grid)."""
+    return x.flatten(-rank).gather(-1, index.flatten(-rank)).reshape(index.shape)
 
 
 def answer(call: Call, y: Tensor, index: Tensor) -> Any:

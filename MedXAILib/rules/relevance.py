@@ -17,7 +17,7 @@ from torch import Tensor
 
 from MedXAILib.engines.operators import KEEP_ZERO, Normalisation
 from MedXAILib.engines.rules import Book, Call, Rule, send, trace
-from MedXAILib.rules.gradient import Rectified, answer, pooled, taken
+from MedXAILib.rules.gradient import Rectified, answer, pooled, rank, taken
 
 # Keeps the relevance of a voxel finite whose value is 0 and whose activation is not.
 _STABLE = 1e-6
@@ -150,10 +150,14 @@ class Winners(Rule):
 
     def __call__(self, call: Call) -> Any:
         y, index = pooled(call, call.x.detach())
-        options = _options(call, tuple(call.x.shape[2:]), tuple(y.shape[2:]))
-        if options is not None and _tied(y, index):
-            return answer(call, _Winners.apply(call.x, y, options), index)
-        return answer(call, taken(call.x, index), index)
+        space = tuple(range(2, y.ndim))
+        if len(space) == rank(call):
+            if call.name == "adaptive_max_pool" and y[0, 0].numel() == 1:
+                return answer(call, call.x.amax(space, keepdim=True), index)
+            options = _options(call, tuple(call.x.shape[2:]), tuple(y.shape[2:]))
+            if options is not None and _tied(y, index):
+                return answer(call, _Winners.apply(call.x, y, options), index)
+        return answer(call, taken(call.x, index, rank(call)), index)
 
 
 def _tied(y: Tensor, index: Tensor) -> bool:
