@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from benchmarks.sanity import page, rows
+from benchmarks.sanity import page, patches, prose, rows
 from benchmarks.sanity.bench import randomised
 from benchmarks.sanity.measures import Looks, likeness, located
 from benchmarks.sanity.patches import Patches
 from benchmarks.sanity.randomise import STAGES, cascade
+from MedXAILib import resources
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.report.localisation import localise
 
@@ -67,10 +68,21 @@ def test_a_picture_of_the_scan_with_a_little_gradient_fails(verdicts: dict[str, 
 
 
 def test_draws_that_disagree_decide_nothing() -> None:
-    assert page.verdict([0.4, 0.6, 0.5], 0.55) == "undecided"
-    assert page.verdict([0.4, 0.5], 0.5) == "undecided"
-    assert page.verdict([0.5, 0.6], 0.5) == "**fails**"
-    assert page.verdict([0.4, 0.4], 0.5) == "passes"
+    assert page.verdict([0.2, 0.8, 0.5], 0.55) == "undecided"
+    assert page.verdict([0.40, 0.41, 0.42], 0.5) == "passes"
+    assert page.verdict([0.60, 0.61, 0.62], 0.5) == "**fails**"
+
+
+def test_who_does_not_pass_is_told_why() -> None:
+    found = [row for row in page.results() if "refused" not in row]
+    limits = page.thresholds(found)
+    assert all(page.of_weights(row, limits) == "passes" for row in found if row["method"])
+    not_passed = {row["name"] for row in found if row["method"] and page.of_top(row, limits) != "passes"}
+    assert not_passed <= set(prose.FAILS)
+    assert {"Guided backpropagation", "Deconvolution"} <= not_passed
+    for reference in rows.REFERENCES:
+        row = next(row for row in found if row["name"] == reference.name)
+        assert (page.of_top(row, limits), page.of_weights(row, limits)) == ("**fails**", "**fails**")
 
 
 def test_a_peak_and_its_mass_are_those_of_the_report() -> None:
@@ -115,12 +127,43 @@ def test_weights_are_re_drawn_from_the_output_back_and_the_network_keeps_its_own
         changed = {name for name in convolved if not torch.equal(weights[name], before[name])}
         assert changed == {name for name in convolved if name.startswith(STAGES[:n])}
         assert not step.training
-    # Every stage has weights of its own, and its batch normalisation knows the patches.
-    drawn = [step.get_submodule(stage) for step, stage in zip(steps, STAGES, strict=True)]
-    assert not torch.equal(drawn[2][0].weight, drawn[3][0].weight[:, :2].expand_as(drawn[2][0].weight[:4, :2]))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     other = list(cascade(network, STAGES, x, seed=2))
     assert not torch.equal(other[0].class_head.weight, steps[0].class_head.weight)
+    # Batch normalisation knows the patches.
     with torch.no_grad():
         stem = steps[-1].stem[:2](x)
     assert torch.allclose(stem.mean((0, 2, 3, 4)), torch.zeros(2), atol=1e-4)
+
+
+def test_every_layer_is_re_drawn_once_and_with_a_seed_of_its_own() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, second = cascade(network, ("1", "0"), torch.rand(2, 4), seed=0)
+    assert torch.equal(first[1].weight, second[1].weight)  # type: ignore[index]
+    assert not torch.equal(second[0].weight, second[1].weight)  # type: ignore[index]
+
+
+def test_the_bench_asks_the_shipped_network_about_cases_it_is_right_about() -> None:
+    model = patches.demo_model()
+    cases = patches.real(model)
+    assert model.fingerprint == mx.load_model(resources.path("Models/lung_nodule")).fingerprint
+    with model.ready(), torch.no_grad():
+        assert torch.equal(model.forward(cases.images).argmax(1), cases.labels)
+    assert len(cases) == patches.REAL
+    middles = torch.stack([mask[0].nonzero().float().mean(0) for mask in cases.masks])
+    assert (middles - 19.5).abs().amax() <= patches.SHIFT + 1
+    assert (middles - 19.5).norm(dim=1).mean() > 8
+
+
+def test_each_stage_of_each_draw_is_compared_with_the_network_itself_and_the_last_with_each_other() -> None:
+    drawn = torch.randn(5, 2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    some = Patches(drawn[0], drawn[0] > 1, torch.zeros(2))
+    # Here a "network" is its own map.
+    found = randomised(lambda network, x, labels: network, drawn[0], [[drawn[1], drawn[2]], [drawn[3], drawn[4]]], some)  # type: ignore[arg-type, list-item, return-value]
+    own, *others = map(Looks.of, drawn)
+    assert found["cascade"] == [
+        [likeness(own, look) for look in others[:2]],
+        [likeness(own, look) for look in others[2:]],
+    ]
+    peaks = [located(drawn[i], some.masks)["peak"] for i in (2, 4)]
+    assert found["untrained"] == {**likeness(others[1], others[3]), "peak": sum(peaks) / 2}

@@ -1,0 +1,272 @@
+"""The panel that asks: the label of a segmentation network within a segment, and the form of a method's parameters."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+slicer = pytest.importorskip("slicer")
+
+import slicer_host  # noqa: E402
+import slicer_scene  # noqa: E402
+
+import MedXAILib as mx  # noqa: E402
+from MedXAILib.description import describe  # noqa: E402
+from MedXAILib.registry import EXPLAINERS  # noqa: E402
+from MedXAILib.resources import path  # noqa: E402
+
+NETWORK = path("Models/lung_nodule_segmentation")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    with slicer_host.running(tmp_path_factory.mktemp("slicer")) as host:
+        yield host
+        host.close()
+
+
+@pytest.fixture(scope="module")
+def module(host):
+    widget = host.open("MedXAI")
+    host.until(lambda: widget.logic.methods and widget.explainPanel.chooser.model)
+    return widget
+
+
+@pytest.fixture
+def mask():
+    """A part of the nodule and of what is beside it."""
+    mask = np.zeros((40, 60, 90), bool)
+    mask[18:24, 24:31, 36:60] = True
+    return mask
+
+
+@pytest.fixture
+def scan(host, module):
+    """A nodule on a tilted grid, under a transform, before the segmentation network."""
+    slicer.mrmlScene.Clear()
+    host.process()
+    array = np.random.default_rng(3).normal(-850, 40, (40, 60, 90)).astype(np.int16)
+    d, h, w = np.ogrid[:40, :60, :90]
+    array[(2.5 * (d - 20)) ** 2 + (1.3 * (h - 30)) ** 2 + (0.7 * (w - 45)) ** 2 < 8**2] = 40
+    node, *_ = slicer_scene.oblique_node(array)
+    panel, choices = module.explainPanel, module.explainPanel.parameterNode
+    choices.inputVolume, choices.regionKind = node, "point"
+    choices.point = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode")
+    from MedXAISlicerLib import geometry
+
+    choices.point.AddControlPoint((geometry.ijkToWorld(node) @ (45, 30, 20, 1))[:3])
+    panel.chooser.choose(str(NETWORK))
+    panel.chooser.load()
+    host.until(lambda: panel.chooser.model)
+    choose(panel.ui.methodSelector, "gradient")
+    return node
+
+
+def choose(box, data):
+    """Choose an entry of a combo box, as a person does."""
+    index = box.findData(data)
+    assert index >= 0, data
+    box.setCurrentIndex(index)
+    box.activated.emit(index)
+
+
+def explained(host, panel):
+    panel.ui.explainButton.click()
+    host.until(lambda: panel.running is None)
+
+
+def of_library(node, target):
+    """What the library makes of the same scan, below its transform."""
+    from MedXAISlicerLib import geometry, mrml
+
+    given = mrml.scanOf(node)
+    volume = mx.Volume(torch.from_numpy(given["data"].astype(np.float32)), given["affine"])
+    at = (geometry.ijkToRas(node) @ (45, 30, 20, 1))[:3]
+    return mx.explain(mx.load_model(NETWORK), volume, "gradient", target=target, region=tuple(at))
+
+
+@pytest.mark.parametrize("place", ["under the transform of the scan", "under none"])
+@pytest.mark.parametrize("measure", ["logit", "volume", "dice"])
+def test_label_is_explained_within_a_segment(host, module, scan, mask, measure, place):
+    from MedXAISlicerLib import geometry, results
+
+    panel = module.explainPanel
+    segmentation = slicer_scene.add_segmentation(scan, mask, "lesion")
+    if place == "under none":
+        segmentation.HardenTransform()
+        assert segmentation.GetParentTransformNode() is None
+    choose(panel.ui.targetSelector, "nodule")
+    choose(panel.ui.withinSelector, "segment")
+    assert "Choose the segment" in panel.ui.explainButton.toolTip
+    assert not panel.ui.explainButton.enabled
+    panel.ui.withinSegmentSelector.setCurrentNode(segmentation)
+    choose(panel.ui.measureSelector, measure)
+    explained(host, panel)
+    assert not panel.ui.statusLabel.text
+    (made,) = module.logic.explanations()
+    within = mx.Volume(torch.from_numpy(mask[None].astype(np.float32)), geometry.affine(scan))
+    expected = of_library(scan, mx.SegmentationTarget("nodule", within, measure))
+    scale = np.abs(expected.data).max()
+    assert scale > 0
+    np.testing.assert_allclose(slicer.util.arrayFromVolume(made), expected.data[0], atol=1e-4 * scale)
+    said = results.provenance(made)["target"]
+    assert {**said, "within": None} == {
+        "kind": "SegmentationTarget",
+        "which": 1,
+        "within": None,
+        "measure": measure,
+    }
+    assert said["within"]["mask"]
+    assert made.GetAttribute("MedXAI.TargetLabel") == f"nodule ({measure})"
+
+
+@pytest.mark.parametrize("within", ["predicted", "everywhere"])
+def test_label_is_explained_elsewhere(host, module, scan, within):
+    from MedXAISlicerLib import results
+
+    panel = module.explainPanel
+    choose(panel.ui.withinSelector, within)
+    choose(panel.ui.measureSelector, "volume")
+    explained(host, panel)
+    (made,) = module.logic.explanations()
+    expected = of_library(scan, mx.SegmentationTarget(1, within, "volume"))
+    np.testing.assert_allclose(
+        slicer.util.arrayFromVolume(made), expected.data[0], atol=1e-4 * np.abs(expected.data).max()
+    )
+    assert results.provenance(made)["target"]["within"] == within
+
+
+def test_only_segmentation_networks_are_asked_where(host, module, scan):
+    panel = module.explainPanel
+    rows = ("withinLabel", "withinSelector", "measureLabel", "measureSelector")
+
+    def hidden():
+        return [getattr(panel.ui, name).isHidden() for name in (*rows, "withinSegmentSelector")]
+
+    assert hidden() == [False, False, False, False, True]
+    choose(panel.ui.withinSelector, "segment")
+    assert hidden() == [False] * 5
+    panel.chooser.choose(str(path("Models/lung_nodule")))
+    panel.chooser.load()
+    host.until(lambda: panel.chooser.model)
+    assert hidden() == [True] * 5
+    # What was left chosen is nothing to a classifier.
+    assert panel.ui.explainButton.enabled
+    explained(host, panel)
+    assert not panel.ui.statusLabel.text
+    assert json.loads(module.logic.explanations()[-1].GetAttribute("MedXAI.Provenance"))["target"]["kind"] == (
+        "ClassTarget"
+    )
+
+
+def test_dice_needs_a_segment(host, module, scan):
+    import qt
+
+    panel = module.explainPanel
+    box = panel.ui.measureSelector
+
+    def can_be_chosen():
+        return bool(box.model().index(box.findData("dice"), 0).flags() & qt.Qt.ItemIsEnabled)
+
+    assert not can_be_chosen()
+    choose(panel.ui.withinSelector, "segment")
+    assert can_be_chosen()
+    choose(box, "dice")
+    choose(panel.ui.withinSelector, "everywhere")
+    assert panel.parameterNode.labelMeasure == box.itemData(box.currentIndex) == "logit"
+
+
+def test_choices_are_those_of_the_scene(host, module, scan, mask, tmp_path):
+    panel = module.explainPanel
+    segmentation = slicer_scene.add_segmentation(scan, mask, "lesion")
+    segmentation.GetSegmentation().AddEmptySegment("first", "first")
+    choose(panel.ui.withinSelector, "segment")
+    panel.ui.withinSegmentSelector.setCurrentNode(segmentation)
+    panel.ui.withinSegmentSelector.setCurrentSegmentID("first")
+    choose(panel.ui.measureSelector, "dice")
+    slicer_scene.save(tmp_path / "scene.mrb")
+    slicer.mrmlScene.Clear()
+    host.process()
+    assert panel.ui.withinSelector.itemData(panel.ui.withinSelector.currentIndex) == "predicted"
+    slicer_scene.load(tmp_path / "scene.mrb", tmp_path / "cache")
+    host.process()
+    host.until(lambda: panel.chooser.path == str(NETWORK))
+    panel.chooser.load()
+    host.until(lambda: panel.chooser.model)
+    ui = panel.ui
+    assert ui.withinSelector.itemData(ui.withinSelector.currentIndex) == "segment"
+    assert ui.measureSelector.itemData(ui.measureSelector.currentIndex) == "dice"
+    assert ui.withinSegmentSelector.currentSegmentID() == panel.parameterNode.withinSegment == "first"
+    # An empty segment, which only shows when it is read.
+    explained(host, panel)
+    assert "The segment 'first' is empty" in ui.statusLabel.text
+
+
+def test_bent_segment_is_refused(host, module, scan, mask):
+    panel = module.explainPanel
+    segmentation = slicer_scene.add_segmentation(scan, mask, "lesion")
+    bend = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLBSplineTransformNode")
+    segmentation.SetAndObserveTransformNodeID(bend.GetID())
+    choose(panel.ui.withinSelector, "segment")
+    panel.ui.withinSegmentSelector.setCurrentNode(segmentation)
+    explained(host, panel)
+    assert "harden the transform first" in panel.ui.statusLabel.text
+
+
+def test_segment_elsewhere_is_said_for_people(host, module, scan, mask):
+    panel = module.explainPanel
+    segmentation = slicer_scene.add_segmentation(scan, np.roll(mask, 20, axis=0) & (np.arange(40) > 38)[:, None, None],
+                                                 "lesion")
+    choose(panel.ui.withinSelector, "segment")
+    panel.ui.withinSegmentSelector.setCurrentNode(segmentation)
+    explained(host, panel)
+    assert panel.ui.statusLabel.text.endswith("choose another class, or explain it everywhere.")
+
+
+def test_volumes_of_labels_are_no_probabilities(host, module, scan):
+    panel = module.explainPanel
+    panel.ui.predictButton.click()
+    host.until(lambda: panel.running is None)
+    answers = [panel.ui.targetSelector.itemText(i) for i in range(panel.ui.targetSelector.count)]
+    assert answers[0] == "The first label beyond the background"
+    assert answers[2].startswith("nodule (")
+    assert answers[2].endswith(" mL)")
+
+
+def form(method, values=None):
+    from MedXAISlicerLib.panels.parameter_form import ParameterForm
+
+    shown = ParameterForm(lambda: None)
+    shown.show(describe(EXPLAINERS[method])["parameters"], values or {}, ["stem", "head"])
+    return shown
+
+
+def line(shown, name):
+    import qt
+
+    return shown.widget.findChild(qt.QLineEdit, f"{name}Parameter")
+
+
+@pytest.mark.parametrize("method, name", [("gradcam", "layers"), ("lrp", "layer")])
+def test_layers_are_completed(host, method, name):
+    completer = line(form(method), name).completer()
+    assert [completer.model().index(i, 0).data() for i in range(completer.model().rowCount())] == ["stem", "head"]
+
+
+def test_layers_are_suggested_by_the_network(host):
+    assert line(form("gradcam"), "layers").placeholderText == "as the network suggests"
+
+
+def test_files_are_no_layers(host):
+    shown = form("gradient_shap")
+    background = line(shown, "background")
+    assert background.completer() is None
+    assert background.placeholderText == background.text == "zero, minimum, mean, blur"
+    background.setText("healthy/*.nrrd, mean")
+    assert shown.values() == {"background": ["healthy/*.nrrd", "mean"]}
+    # Nothing typed is what the placeholder says.
+    background.setText("")
+    assert shown.values() == {}
