@@ -19,6 +19,8 @@ from MedXAILib.registry import EXPLAINERS  # noqa: E402
 from MedXAILib.resources import path  # noqa: E402
 
 NETWORK = path("Models/lung_nodule_segmentation")
+# Where to look (i, j, k).
+AT = (45, 30, 20)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,14 @@ def scan(host, module):
     d, h, w = np.ogrid[:40, :60, :90]
     array[(2.5 * (d - 20)) ** 2 + (1.3 * (h - 30)) ** 2 + (0.7 * (w - 45)) ** 2 < 8**2] = 40
     node, *_ = slicer_scene.oblique_node(array)
+    # No multiple of the network's 1.25 mm, whose voxels would lie halfway between those of a mask.
+    node.SetSpacing(0.73, 1.37, 2.3)
     panel, choices = module.explainPanel, module.explainPanel.parameterNode
     choices.inputVolume, choices.regionKind = node, "point"
     choices.point = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode")
     from MedXAISlicerLib import geometry
 
-    choices.point.AddControlPoint((geometry.ijkToWorld(node) @ (45, 30, 20, 1))[:3])
+    choices.point.AddControlPoint((geometry.ijkToWorld(node) @ (*AT, 1))[:3])
     panel.chooser.choose(str(NETWORK))
     panel.chooser.load()
     host.until(lambda: panel.chooser.model)
@@ -84,8 +88,14 @@ def of_library(node, target):
 
     given = mrml.scanOf(node)
     volume = mx.Volume(torch.from_numpy(given["data"].astype(np.float32)), given["affine"])
-    at = (geometry.ijkToRas(node) @ (45, 30, 20, 1))[:3]
+    at = (geometry.ijkToRas(node) @ (*AT, 1))[:3]
     return mx.explain(mx.load_model(NETWORK), volume, "gradient", target=target, region=tuple(at))
+
+
+def assert_same(made, expected):
+    scale = float(expected.data.abs().max())
+    assert scale > 0
+    np.testing.assert_allclose(slicer.util.arrayFromVolume(made), expected.data[0], atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("place", ["under the transform of the scan", "under none"])
@@ -109,9 +119,7 @@ def test_label_is_explained_within_a_segment(host, module, scan, mask, measure, 
     (made,) = module.logic.explanations()
     within = mx.Volume(torch.from_numpy(mask[None].astype(np.float32)), geometry.affine(scan))
     expected = of_library(scan, mx.SegmentationTarget("nodule", within, measure))
-    scale = np.abs(expected.data).max()
-    assert scale > 0
-    np.testing.assert_allclose(slicer.util.arrayFromVolume(made), expected.data[0], atol=1e-4 * scale)
+    assert_same(made, expected)
     said = results.provenance(made)["target"]
     assert {**said, "within": None} == {
         "kind": "SegmentationTarget",
@@ -133,9 +141,7 @@ def test_label_is_explained_elsewhere(host, module, scan, within):
     explained(host, panel)
     (made,) = module.logic.explanations()
     expected = of_library(scan, mx.SegmentationTarget(1, within, "volume"))
-    np.testing.assert_allclose(
-        slicer.util.arrayFromVolume(made), expected.data[0], atol=1e-4 * np.abs(expected.data).max()
-    )
+    assert_same(made, expected)
     assert results.provenance(made)["target"]["within"] == within
 
 
@@ -218,8 +224,7 @@ def test_bent_segment_is_refused(host, module, scan, mask):
 
 def test_segment_elsewhere_is_said_for_people(host, module, scan, mask):
     panel = module.explainPanel
-    segmentation = slicer_scene.add_segmentation(scan, np.roll(mask, 20, axis=0) & (np.arange(40) > 38)[:, None, None],
-                                                 "lesion")
+    segmentation = slicer_scene.add_segmentation(scan, np.roll(mask, 18, axis=0), "lesion")
     choose(panel.ui.withinSelector, "segment")
     panel.ui.withinSegmentSelector.setCurrentNode(segmentation)
     explained(host, panel)

@@ -845,3 +845,131 @@ def test_rules_end_where_they_began() -> None:
             y = network(again)
         assert "Send" not in type(y.grad_fn).__name__ and not hasattr(y, "_medxai")
         assert leaf.grad is not None
+
+
+# --- out of sight, and other ways of writing ------------------------------------------------------------------------
+
+
+class Own(torch.autograd.Function):
+    """An operator of a network's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 3
+
+
+@pytest.mark.parametrize("method", ["lrp", "deeplift", "guided_backprop", "deconvnet"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_operator_of_the_networks_own_is_refused(method: str, beside: bool) -> None:
+    work = (lambda z: z.relu() + Own.apply(z)) if beside else (lambda z: Own.apply(z).relu())
+    with pytest.raises(MedXAIError, match=r"cannot be looked into .*Own.*gradient or integrated_gradients"):
+        maps(seeded(lambda: Does(work)), method)
+
+
+def test_its_gradient_is_that_of_pytorch() -> None:
+    network, x = seeded(lambda: Does(lambda z: z.relu() + Own.apply(z))), scan(*SHAPE).float()
+    found = maps(network, "gradient", x).data
+    leaf = x[None].requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(network(leaf)[0, 1], leaf)[0][0])
+
+
+def test_a_scripted_function_beside_a_skip_is_refused() -> None:
+    with pytest.raises(MedXAIError, match="cannot be looked into"):
+        maps(seeded(lambda: Does(lambda z: z.relu() + scripted(z))), "lrp")
+
+
+@pytest.mark.parametrize("method", ["lrp", "deeplift", "deconvnet"])
+def test_dropout_in_place_in_evaluation_mode(method: str) -> None:
+    network = seeded(lambda: Does(lambda z: F.dropout(z, 0.5, False, True).relu()))
+    expected = maps(seeded(lambda: Does(torch.relu)), method).data
+    torch.testing.assert_close(maps(network, method).data, expected)
+
+
+def test_squeezing_in_place() -> None:
+    network = seeded(lambda: Does(lambda z: z.unsqueeze_(0).squeeze_(0).relu()))
+    torch.testing.assert_close(maps(network).data, maps(seeded(lambda: Does(torch.relu))).data)
+
+
+def test_pooling_without_a_batch() -> None:
+    compared(seeded(lambda: Does(lambda z: F.max_pool3d(z[0].relu(), 2)[None])), scan(1, *SHAPE))
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_max_pool3d(x, 1).flatten(1).repeat(1, 2)
+
+
+def test_two_maxima_of_a_whole_image_share() -> None:
+    x = torch.zeros(1, 4, 4, 4)
+    x[0, 0, 0, 0] = x[0, 3, 3, 3] = 2
+    assert maps(Largest(), x=x, composite="epsilon").data[x > 0].tolist() == [1, 1]
+
+
+class Loose(nn.Module):
+    """A network with a parameter that it does not say it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv3d(1, 3, 3, bias=False), [nn.Parameter(torch.full((3, 1, 1, 1), 2.0))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x).relu() * self.scale[0]).mean((2, 3, 4))
+
+
+def test_a_parameter_that_is_not_registered_is_a_constant() -> None:
+    assert maps(seeded(Loose, torch.float32), composite="epsilon").residual["conservation"] < 1e-5
+
+
+@pytest.mark.parametrize("work", [F.logsigmoid, lambda z: 2.0**z, lambda z: (200 * z).log_softmax(1)])
+def test_more_operators_conserve(work: Callable[[Tensor], Tensor]) -> None:
+    assert maps(seeded(lambda: Does(work)), composite="epsilon").residual["conservation"] < 1e-5
+    compared(seeded(lambda: Does(work)), scan(1, *SHAPE))
+
+
+@pytest.mark.parametrize("method", ["lrp", "guided_backprop", "deeplift"])
+def test_a_segmentation_in_low_precision(method: str) -> None:
+    torch.manual_seed(0)
+    model = mx.Model(nets.UNet(3, 1, 3, (4, 8, 16), (2, 2)), task="segmentation")
+    target = mx.SegmentationTarget(1, within="everywhere", measure="volume")
+    x = scan(1, 16, 16, 16).float()
+    low, exact = (
+        mx.explain(model, x, method, target=target, run=mx.Run(precision=precision)).data
+        for precision in ("bfloat16", None)
+    )
+    assert float(F.cosine_similarity(low.flatten(), exact.flatten(), 0)) > 0.5
+
+
+def _copied(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    out[:, :2].copy_(z[:, :2].relu())
+    return out
+
+
+def _narrowed(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    out.narrow(1, 0, 2).add_(z[:, :2].relu())
+    return out
+
+
+def _chunked(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    first, second = out.chunk(2, 1)
+    first.copy_(z[:, :2])
+    second.copy_(z[:, 2:].relu())
+    return out
+
+
+@pytest.mark.parametrize("work", [_copied, _narrowed, _chunked])
+def test_a_view_of_a_buffer_that_is_written_to_is_refused(work: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(MedXAIError, match="changes a tensor in place and then uses another view"):
+        outputs(seeded(lambda: Does(work)), scan(1, *SHAPE), COMPOSITES["epsilon"])
+
+
+@pytest.mark.parametrize("p", [float("inf"), 0])
+def test_norms_without_a_rule_are_refused(p: float) -> None:
+    with pytest.raises(MedXAIError, match="norm of order"), Interception(Composite((), strict=False)):
+        torch.linalg.vector_norm(scan(3, 4, 5).requires_grad_() * 1, ord=p, dim=1)
