@@ -201,10 +201,9 @@ class _Send(torch.autograd.Function):
             back.append(m * (next(saved) if scale is None else scale) if scale != 1 else m)
             if taken != 0:
                 taken = next(saved) if taken is None else taken
-                lost = (
-                    back[-1].sum() * taken if isinstance(taken, float) else (back[-1] * taken).sum(dtype=torch.float64)
+                ctx.book.lost += float(
+                    (back[-1] * taken).sum() if isinstance(taken, Tensor) else back[-1].sum() * taken
                 )
-                ctx.book.lost += float(lost)
         return None, None, None, *back
 
 
@@ -503,6 +502,11 @@ class Multipliers:
         whole = float(self.value.sum(dtype=torch.float64))
         missed = whole - self.held - float(relevance.sum(dtype=torch.float64))
         return {"conservation": abs(missed) / max(abs(whole), 1e-12)}
+
+    def shared_out(self) -> str:
+        """Who holds the score, in a sentence."""
+        share = self.held / (float(self.value.sum(dtype=torch.float64)) or 1e-12)
+        return f"Constants of the network (biases) hold {share:.0%} of the score, the map the other {1 - share:.0%}."
 
 
 def multipliers(question: Question, x: Tensor, composite: Composite, record: Record | None = None) -> list[Multipliers]:

@@ -36,4 +36,7 @@ class AttentionRelevance(Smoothable):
         found = multipliers(question, x, rules)
         if not any("softmax" in met for met in question.run.operators.values()):
             raise MedXAIError(f"{question.model.name} has no attention: use lrp.")
-        return [Attribution(b.m * x, b.residual(b.m * x)) for b in found]
+        if x is question.x:
+            for back in found:
+                question.run.note(back.shared_out())
+        return [Attribution(back.m * x, back.residual(back.m * x)) for back in found]

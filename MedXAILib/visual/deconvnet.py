@@ -24,7 +24,7 @@ class DeconvNet(Smoothable):
     paper: ClassVar[str] = "Zeiler 2014"
     taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="one gradient; clean maps at full resolution",
-        limits="shows edges of the scan more than the decision: it barely changes when the network's weights do",
+        limits="shows edges of the scan as much as the decision: much of it stays when the upper layers are scrambled",
     )
 
     rule: ClassVar[Rule] = Deconvolved()

@@ -21,7 +21,7 @@ class GuidedBackprop(DeconvNet):
     paper: ClassVar[str] = "Springenberg 2015"
     taxonomy: ClassVar[Taxonomy] = backpropagation(
         strengths="one gradient; the cleanest maps at full resolution",
-        limits="clean because it restores edges of the scan: it barely changes when the network's weights do",
+        limits="clean because it restores edges of the scan: most of it stays when the upper layers are scrambled",
     )
 
     rule: ClassVar[Rule] = Guided()

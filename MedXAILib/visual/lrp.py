@@ -55,8 +55,13 @@ class LRP(Smoothable):
         return self._at_layer(question) if self.layer else super().attribute(question)
 
     def maps(self, question: Question, x: Tensor) -> list[Attribution]:
-        found = multipliers(question, x, self.rules())
-        return [Attribution(b.m * lrp.nonzero(x), b.residual(b.m * lrp.nonzero(x))) for b in found]
+        found = []
+        for back in multipliers(question, x, self.rules()):
+            relevance = back.m * lrp.nonzero(x)
+            found.append(Attribution(relevance, back.residual(relevance)))
+            if x is question.x:
+                question.run.note(back.shared_out())
+        return found
 
     def _at_layer(self, question: Question) -> list[Attribution]:
         mode = Interception(self.rules())
@@ -67,4 +72,5 @@ class LRP(Smoothable):
             relevance = back.m * at.raw.detach()
             of_units = spatial(self.layer, replace(at, raw=relevance)).sum(1, keepdim=True)
             found.append(Attribution(at.place(of_units), back.residual(relevance)))
+            question.run.note(back.shared_out())
         return found

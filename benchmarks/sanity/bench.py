@@ -13,7 +13,7 @@ from benchmarks.sanity.patches import Patches
 from benchmarks.sanity.randomise import STAGES, cascade
 from benchmarks.sanity.rows import Maps, Row
 
-DRAWS = 3
+DRAWS = 5
 """Cascades, each with weights of its own."""
 RANDOMISED = 12
 """Of the synthetic nodules, those that the randomised networks are asked about."""
@@ -48,9 +48,7 @@ def _where(maps: Maps, model: mx.Model, some: Patches) -> dict[str, float]:
     return {"count": len(some), "chance": float(some.masks.float().mean())} | found
 
 
-def randomised(
-    maps: Maps, model: mx.Model, cascades: Sequence[Sequence[mx.Model]], some: Patches
-) -> dict[str, Any]:
+def randomised(maps: Maps, model: mx.Model, cascades: Sequence[Sequence[mx.Model]], some: Patches) -> dict[str, Any]:
     """How alike the maps of `some` patches stay while the weights are re-drawn.
 
     `cascade` has for each draw and each stage the likeness to the map of `model`; `untrained` that of the maps of two

@@ -51,9 +51,9 @@ class Looks:
 def likeness(one: Looks, other: Looks) -> dict[str, float]:
     """How alike maps are, on average: 1 when they are the same, 0 when one is even and says nothing.
 
-    `signed` is Pearson's correlation, `correlation` its absolute value: whether it is the same picture, be it with other
-    signs. `rank` is Spearman's correlation of the absolute values, as Adebayo et al. have it. `overlap` is the share of
-    the strongest voxels that both have in common.
+    `signed` is Pearson's correlation, `correlation` its absolute value: whether it is the same picture, be it with
+    other signs. `rank` is Spearman's correlation of the absolute values, as Adebayo et al. have it. `overlap` is the
+    share of the strongest voxels that both have in common.
     """
     signed = _correlation(one.values, other.values)
     shared = (one.strongest & other.strongest).sum(1) / round(STRONGEST * one.values.shape[1])

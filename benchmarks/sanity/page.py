@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import MedXAILib as mx
@@ -59,15 +60,19 @@ def markdown(found: Sequence[Result], wider: Result) -> str:
         prose.INTRODUCTION,
         _where(measured),
         prose.where(numbers),
-        prose.RANDOMISED.format(**{f"{key}_limit": value for key, value in limits.items()}),
+        prose.RANDOMISED.format(**limits),
         _cascade(measured, limits),
-        prose.CASCADE,
-        _all_new(measured, limits),
+        prose.CLASS_HEAD,
+        prose.failing(numbers, {row["name"]: of_top(row, limits) for row in measured}),
         prose.ALL_NEW,
-        _wider(wider),
+        _all_new(measured, limits),
+        prose.all_new(numbers),
         prose.WIDER,
+        _wider(wider),
+        prose.wider(wider),
         prose.REFUSED,
         "\n".join(refused) + "\n",
+        prose.MEASURED,
         _machine([*found, wider]),
     ]
     return "\n".join(parts) + "\n"
@@ -87,10 +92,11 @@ def at(row: Result, stage: int, measure: str) -> list[float]:
 
 
 def verdict(values: Sequence[float], limit: float) -> str:
-    """Whether every draw is below the limit, none is, or they disagree."""
-    if max(values) < limit:
+    """Whether the mean of the draws is below the limit or above it, by more than two standard errors."""
+    margin = 2 * stdev(values) / math.sqrt(len(values))
+    if mean(values) + margin < limit:
         return "passes"
-    return "**fails**" if min(values) >= limit else "undecided"
+    return "**fails**" if mean(values) - margin > limit else "undecided"
 
 
 def of_top(row: Result, limits: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The rows of the table: every method, in the settings that are worth telling apart, and what they are compared with."""
+"""The rows of the table: every method in the settings worth telling apart, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LUNG = "five patches of lung without a nodule"
 """Stands for them among the parameters."""
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "gradient": {"": {}, "times input": {"form": "times_input"}},
+    "gradient": {"": {}, "absolute": {"form": "absolute"}, "times input": {"form": "times_input"}},
     # The quick settings of the slow ones.
     "smoothgrad": {"8 copies": {"samples": 8}},
     "vargrad": {"8 copies": {"samples": 8}},

@@ -18,20 +18,23 @@ from benchmarks.sanity.randomise import STAGES, with_statistics
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 
 METHODS = ("gradient", "deconvnet", "guided_backprop")
-DESCRIBED = {"widths": [16, 64, 192], "networks": 3, "patches": 4}
-"""The filters of the first layer; the demo network has 16 of 4 x 4 x 4 voxels."""
+WIDTHS = (16, 64, 192)
+"""Filters in the first layer; the demo network has 16, of 4 x 4 x 4 voxels."""
+NETWORKS, PATCHES = 3, 4
+DESCRIBED = {"widths": list(WIDTHS), "networks": NETWORKS, "patches": PATCHES}
+"""What the result begins with. A result that begins otherwise is out of date."""
 
 
 def measured() -> dict[str, Any]:
     """For each width and method the likeness of two maps, and that of a map and the scan."""
-    some = patches.synthetic(patches.demo_model())[: DESCRIBED["patches"]]  # type: ignore[misc]
+    some = patches.synthetic(patches.demo_model())[:PATCHES]
     return {"found": list(_each(some))}
 
 
 def _each(some: Patches) -> Iterator[dict[str, Any]]:
     scan = Looks.of(some.images)
-    for width in DESCRIBED["widths"]:  # type: ignore[attr-defined]
-        models = [_untrained(width, seed, some) for seed in range(DESCRIBED["networks"])]  # type: ignore[call-overload]
+    for width in WIDTHS:
+        models = [_untrained(width, seed, some) for seed in range(NETWORKS)]
         for method in METHODS:
             looks = [Looks.of(rows.asked(method, {})(model, some.images, some.labels)) for model in models]
             like_scan = sum(likeness(look, scan)["correlation"] for look in looks) / len(looks)
