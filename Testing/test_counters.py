@@ -129,6 +129,12 @@ def forward(model: mx.Model) -> Callable[[], object]:
         ("layercam", {"layers": ("layer4",)}),
         ("cam", {"layers": ("layer4",)}),
         ("scorecam", {"layers": ("layer4",), "clusters": 4}),
+        ("guided_backprop", {}),
+        ("deconvnet", {"samples": 2}),
+        ("guided_gradcam", {"layers": ("layer4",)}),
+        ("deeplift", {}),
+        ("deep_shap", {"background": ("zero", "mean", "blur")}),
+        ("gradient_shap", {"samples": 4}),
     ],
 )
 @pytest.mark.parametrize("targets", [[1], [0, 1, 2]])
@@ -188,6 +194,29 @@ def test_a_gradient_takes_no_gradient_of_the_parameters(name: str) -> None:
         model.network.requires_grad_(learning)
         costs.append(operations(lambda: mx.explain(model, VOLUME, "gradient", target=1)))
     assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("method", "parameters", "forwards", "backwards"),
+    [
+        ("guided_backprop", {}, 1, 1),
+        ("lrp", {"composite": "epsilon"}, 1, 1),
+        # Once more for the positive parts, and in the first layer, whose input has both signs, for both.
+        ("lrp", {"composite": "epsilon_plus"}, 3, 2),
+        ("lrp", {"composite": "epsilon_plus_flat"}, 2, 1),
+        ("deeplift", {}, 2, 1),
+        ("deep_shap", {"background": ("zero", "minimum", "mean")}, 4, 3),
+    ],
+)
+def test_rules_take_no_more_operations_than_they_must(
+    name: str, method: str, parameters: dict[str, object], forwards: float, backwards: float
+) -> None:
+    model = make_model(name)
+    one = operations(forward(model))
+    back = operations(lambda: mx.explain(model, VOLUME, "gradient", target=1)) - one
+    cost = operations(lambda: mx.explain(model, VOLUME, method, target=1, **parameters))
+    assert cost <= 1.01 * (forwards * one + backwards * back)
 
 
 def test_integrated_gradients_keeps_its_points_when_it_refines() -> None:
