@@ -87,17 +87,18 @@ class Asking:
             self._finish(job.error)
             return
         try:
-            self._fields["region"] = self._regionFor(job.result)
+            self._fields |= self._fieldsFor(job.result)
         except MedXAIError as error:
             self._finish(error)
             return
         request = {"op": self.op, "model": self._source, "trust": trust, **self._fields}
         self._job = self._worker.submit(request, self._heard, self._progressed, self._grown)
 
-    def _regionFor(self, model):
+    def _fieldsFor(self, model):
+        """What of the request depends on the model."""
         if self._region is None:
-            return None
-        return regions.inVolume(self.sourceNode, self._region, asCentre=model["patch_size"] is not None)
+            return {"region": None}
+        return {"region": regions.inVolume(self.sourceNode, self._region, asCentre=model["patch_size"] is not None)}
 
     def _progressed(self, job):
         self.progress = job.progress
@@ -169,8 +170,14 @@ class Explaining(Asking):
 
     op = "explain"
 
-    def __init__(self, volumeNode, model, method="gradcam", target=None, parameters=None, region=None, **options):
+    def __init__(
+        self, volumeNode, model, method="gradcam", target=None, parameters=None, region=None, label=None, **options
+    ):
+        """Ask as for `Asking`. `label` says how a label of a segmentation network is explained, when that is not left
+        to the library: its `measure`, and `within` what, as for `MedXAILib.SegmentationTarget`, or within a segment as
+        for `regions.maskIn`. Other networks pass over it."""
         self.nodes = []
+        self._label = label
         self._partialNode = self._read = self._adding = None
         super().__init__(
             volumeNode,
@@ -183,6 +190,16 @@ class Explaining(Asking):
             allow_smaller_region=settings.get("allowSmallerRegion"),
             **options,
         )
+
+    def _fieldsFor(self, model):
+        fields, target = super()._fieldsFor(model), self._fields["target"]
+        if self._label is None or model["task"] != "segmentation" or not isinstance(target, (str, int, type(None))):
+            return fields
+        within = self._label["within"]
+        if isinstance(within, tuple):
+            within = regions.maskIn(self.sourceNode, *within)
+        which = {} if target is None else {"which": target}
+        return {**fields, "target": {"kind": "SegmentationTarget", **self._label, **which, "within": within}}
 
     def wait(self):
         """Wait until it is finished, and return the explanation nodes.

@@ -30,6 +30,13 @@ class MedXAIParameterNode:
     """ID of the segment."""
     target: str
     """Name of a class; empty for what the network predicts."""
+    labelWithin: str = "predicted"
+    """Of a segmentation network, where its label is explained: predicted, everywhere or segment."""
+    withinSegmentation: vtkMRMLSegmentationNode
+    withinSegment: str
+    """ID of the segment."""
+    labelMeasure: str = "logit"
+    """What of the label is explained: logit, volume or dice."""
     method: str = "gradcam"
     methodParameters: str = "{}"
     """JSON: what was changed from its default, by method and name."""

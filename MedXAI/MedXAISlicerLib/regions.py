@@ -1,4 +1,4 @@
-"""Where to look: from regions of interest, segments and points of the scene to a centre or box in a volume."""
+"""Where to look: from regions of interest, segments and points of the scene to a centre, box or mask in a volume."""
 
 from __future__ import annotations
 
@@ -50,6 +50,33 @@ def inVolume(volumeNode, region, asCentre=False):
     return tuple(low.tolist()), tuple(high.tolist())
 
 
+def maskIn(volumeNode, segmentationNode, segment):
+    """A segment, by its ID or name, as a mask for `MedXAILib.SegmentationTarget`: a volume as a request to the worker
+    holds it, on the segment's own grid, in the RAS that the volume node has below its parent transform.
+
+    Raises:
+        MedXAIError: for an empty segment or one that does not exist, and one that a transform bends.
+    """
+    from MedXAILib.errors import MedXAIError
+
+    toVolume = vtk.vtkMatrix4x4()
+    if not slicer.vtkMRMLTransformNode.GetMatrixTransformBetweenNodes(
+        segmentationNode.GetParentTransformNode(), volumeNode.GetParentTransformNode(), toVolume
+    ):
+        raise MedXAIError(
+            f"'{segmentationNode.GetName()}' is bent by a transform, and masks are straight grids only: harden the "
+            "transform first (Data module, right click)."
+        )
+    voxels, toRas = _labelmapOfSegment(segmentationNode, segment)
+    drawn = np.argwhere(voxels)
+    low, high = drawn.min(axis=0), drawn.max(axis=0) + 1
+    part = tuple(map(slice, low, high))
+    # As MedXAILib counts, (k, j, i), from the first voxel of the part.
+    affine = (slicer.util.arrayFromVTKMatrix(toVolume) @ toRas)[:, [2, 1, 0, 3]]
+    affine[:, 3] = affine @ (*low, 1)
+    return {"data": (voxels[part] != 0).astype(np.uint8)[None], "affine": affine, "source": segment}
+
+
 def _transformed(points, transform):
     before, after = vtk.vtkPoints(), vtk.vtkPoints()
     before.SetData(numpy_to_vtk(np.array(list(points), dtype=float)))
@@ -92,6 +119,14 @@ def _firstPoint(markupsNode):
 
 def _voxelsOfSegment(segmentationNode, segment):
     """The middles of a segment's voxels, in RAS mm below the segmentation's own transform."""
+    voxels, toRas = _labelmapOfSegment(segmentationNode, segment)
+    k, j, i = np.nonzero(voxels)
+    return (toRas @ np.stack([i, j, k, np.ones_like(i)]))[:3].T
+
+
+def _labelmapOfSegment(segmentationNode, segment):
+    """A segment's voxels (k, j, i), which are not all zero, with the 4x4 from (i, j, k, 1) to RAS mm below the
+    segmentation's own transform."""
     from MedXAILib.errors import MedXAIError, unknown
 
     segmentation = segmentationNode.GetSegmentation()
@@ -110,13 +145,14 @@ def _voxelsOfSegment(segmentationNode, segment):
     (i0, i1, j0, j1, k0, k1) = labelmap.GetExtent()
     scalars = labelmap.GetPointData().GetScalars()
     array = vtk_to_numpy(scalars) if scalars else np.zeros(0)
-    k, j, i = np.nonzero(array.reshape(max(k1 - k0 + 1, 0), max(j1 - j0 + 1, 0), max(i1 - i0 + 1, 0)))
-    if not len(i):
+    voxels = array.reshape(max(k1 - k0 + 1, 0), max(j1 - j0 + 1, 0), max(i1 - i0 + 1, 0))
+    if not voxels.any():
         raise MedXAIError(f"The segment '{segment}' is empty: draw it, or choose another.")
     toRas = vtk.vtkMatrix4x4()
     labelmap.GetImageToWorldMatrix(toRas)
-    voxels = np.stack([i + i0, j + j0, k + k0, np.ones_like(i)])
-    return (slicer.util.arrayFromVTKMatrix(toRas) @ voxels)[:3].T
+    start = np.eye(4)
+    start[:3, 3] = i0, j0, k0
+    return voxels.copy(), slicer.util.arrayFromVTKMatrix(toRas) @ start
 
 
 def placeAroundMiddle(roiNode, volumeNode):

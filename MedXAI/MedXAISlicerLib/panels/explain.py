@@ -8,6 +8,7 @@ import slicer
 from slicer.i18n import tr as _
 
 from MedXAISlicerLib import asking, regions, settings
+from MedXAISlicerLib.panels.label_chooser import LabelChooser
 from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
@@ -38,6 +39,7 @@ class ExplainPanel(Panel):
         self.ui.regionKindSelector.addItem(_("A region of interest"), "roi")
         self.ui.regionKindSelector.addItem(_("A segment"), "segment")
         self.chooser = ModelChooser(self.ui.modelSelector, self.ui.modelInfoLabel, self._modelChosen, self._modelLoaded)
+        self.labelChooser = LabelChooser(self.ui)
         self.ui.regionKindSelector.connect("currentIndexChanged(int)", self._regionKindChosen)
         self.ui.pointButton.connect("clicked(bool)", self._placePoint)
         self.ui.roiSelector.connect("nodeAddedByUser(vtkMRMLNode*)", self._roiAdded)
@@ -54,6 +56,7 @@ class ExplainPanel(Panel):
             self.parameterNode.RemoveObserver(self._observed)
         super().setParameterNode(parameterNode)
         self._observed = None if parameterNode is None else parameterNode.AddObserver("ModifiedEvent", self._update)
+        self.labelChooser.setParameterNode(parameterNode)
         if parameterNode is not None:
             segment = parameterNode.segment
             self.ui.segmentSelector.setCurrentNode(parameterNode.segmentation)
@@ -113,11 +116,17 @@ class ExplainPanel(Panel):
     def _fillTargets(self):
         box = self.ui.targetSelector
         box.clear()
+        names = self.chooser.model["class_names"] if self.chooser.model else ()
+        segments = self._task() == "segmentation"
         most = max(self._scores, key=self._scores.get, default=None)
-        box.addItem(_("What it predicts") if most is None else _("What it predicts: {name}").format(name=most), "")
-        for name in self.chooser.model["class_names"] if self.chooser.model else ():
+        if segments:
+            box.addItem(_("The first label beyond the background"), "")
+        else:
+            box.addItem(_("What it predicts") if most is None else _("What it predicts: {name}").format(name=most), "")
+        for name in names:
             score = self._scores.get(name)
-            box.addItem(name if score is None else f"{name} ({score:.1%})", name)
+            said = "" if score is None else f" ({score:.2f} mL)" if segments else f" ({score:.1%})"
+            box.addItem(f"{name}{said}", name)
         if self.parameterNode is not None:
             self._select(box, self.parameterNode.target)
 
@@ -223,6 +232,10 @@ class ExplainPanel(Panel):
         chosen = self.parameterNode
         return chosen.inputVolume, chosen.regionKind, self.region()
 
+    def _task(self):
+        """What kind of answer the network gives; None as long as nobody knows."""
+        return self.chooser.model["task"] if self.chooser.model else None
+
     def _lacking(self):
         """What has still to be chosen, in words; empty when nothing."""
         chosen = self.parameterNode
@@ -232,6 +245,8 @@ class ExplainPanel(Panel):
             return _("The worker is starting: wait a moment")
         if chosen.regionKind != "whole" and self.region() is None:
             return _("Say where to look first, or choose the whole scan")
+        if self._task() in (None, "segmentation") and self.labelChooser.lacks():
+            return _("Choose the segment in which the label is explained, or explain it where it is predicted")
         return ""
 
     def _update(self, *_event):
@@ -251,6 +266,7 @@ class ExplainPanel(Panel):
         for widget, kind in ((ui.pointButton, "point"), (ui.roiSelector, "roi"), (ui.segmentSelector, "segment")):
             widget.visible = chosen.regionKind == kind
         ui.regionWidget.visible = chosen.regionKind != "whole"
+        self.labelChooser.update(self._task() == "segmentation")
         ui.explainButton.text = _("Cancel") if busy else _("Explain")
         ui.explainButton.enabled = busy or not lacking
         ui.explainButton.toolTip = (
@@ -272,6 +288,7 @@ class ExplainPanel(Panel):
             method=chosen.method,
             target=chosen.target or None,
             parameters=self._changedParameters().get(chosen.method, {}),
+            label=self.labelChooser.label(),
         )
 
     def _begin(self, kind, **fields):

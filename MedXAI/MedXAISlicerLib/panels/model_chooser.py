@@ -91,4 +91,5 @@ class ModelChooser:
 
 def forPerson(error):
     """An error as the panels say it: how to pass an argument is for programmers."""
-    return str(error).replace("pass trust=True only if you trust its maker", "let it run only if you trust its maker")
+    said = str(error).replace("pass trust=True only if you trust its maker", "let it run only if you trust its maker")
+    return said.replace("within='everywhere'", "explain it everywhere")

@@ -3,6 +3,9 @@
 import qt
 from slicer.i18n import tr as _
 
+# The parameters whose values are layers of the network.
+_LAYERS = ("layer", "layers")
+
 
 class ParameterForm:
     """One row for each parameter; `values()` holds what differs from the defaults. `onChange()` follows every edit."""
@@ -25,7 +28,7 @@ class ParameterForm:
             widget, read = make(parameter, value)
             widget.toolTip = parameter["help"]
             widget.objectName = f"{parameter['name']}Parameter"
-            if parameter["type"] == "list" and layers:
+            if parameter["name"] in _LAYERS and layers:
                 widget.setCompleter(qt.QCompleter(list(layers), widget))
             self._layout.addRow(_("{name}:").format(name=_named(parameter["name"])), widget)
             self._rows[parameter["name"]] = (parameter, read)
@@ -75,14 +78,16 @@ class ParameterForm:
 
     def _text(self, parameter, value):
         line = qt.QLineEdit("" if value is None else str(value))
+        line.placeholderText = str(parameter["default"] or "")
         line.connect("editingFinished()", self._changed)
         return line, lambda: line.text or parameter["default"]
 
     def _list(self, parameter, value):
         line = qt.QLineEdit(", ".join(map(str, value or [])))
-        line.placeholderText = _("as the network suggests")
+        untouched = ", ".join(map(str, parameter["default"] or []))
+        line.placeholderText = _("as the network suggests") if parameter["name"] in _LAYERS else untouched
         line.connect("editingFinished()", self._changed)
-        return line, lambda: [part.strip() for part in line.text.split(",") if part.strip()]
+        return line, lambda: [part.strip() for part in line.text.split(",") if part.strip()] or parameter["default"]
 
     def _changed(self, *_value):
         self._onChange()
