@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from MedXAILib.engines.checkpointing import Block
 from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model, Prepared
 from MedXAILib.run import Run
@@ -63,6 +64,8 @@ class Question:
     bound: list[Bound] = field(default_factory=list)
     fitting: int = 0
     """How many versions of the samples fit in memory at once, when that has been measured."""
+    recomputed: Sequence[Block] = ()
+    """The parts of the network that are computed again in a backward, because not even one version fits."""
     look: Callable[[Tensor], object] | None = None
     """Takes the first target's map (N, C or 1, *spatial) as it is so far; None when nobody looks on."""
 

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from MedXAILib.engines.checkpointing import Kept, checkpointed
 from MedXAILib.engines.rules import Interception, Unseen, intercepting
 from MedXAILib.explainer import Question
 from MedXAILib.rules.gradient import GRADIENT
+
+# For a backward a network keeps some ten to hundred times its input; with less than this, it is measured.
+_NEAR = 1000
 
 
 def input_gradients(question: Question, x: Tensor) -> list[Tensor]:
@@ -24,13 +28,14 @@ def _recorded(question: Question, x: Tensor) -> tuple[Tensor, list[Tensor], int]
     largest result on the way."""
     mode = Interception(GRADIENT)
     try:
-        with intercepting(question.model, mode):
+        with intercepting(question.model, mode), checkpointed(question.recomputed, mode.again):
             leaf = mode.start(x)
             return leaf, question.values(leaf), mode.book.largest
     except Unseen:
         # PyTorch knows the way back through what cannot be seen.
         leaf = x.detach().clone().requires_grad_()
-        return leaf, question.values(leaf), 0
+        with checkpointed(question.recomputed):
+            return leaf, question.values(leaf), 0
 
 
 def each_gradient(
@@ -53,23 +58,35 @@ def each_gradient(
     question.run.chunks(len(versions), fitting(question)).map(work, message)
 
 
+def fit(question: Question) -> None:
+    """Have parts of the network computed again in the backward, when one sample needs more than the memory budget."""
+    if question.run.budget(question.x.device) < _NEAR * question.x.nbytes:
+        fitting(question)
+
+
 def fitting(question: Question) -> int:
-    """How many versions fit at once, from what one needs (activations; the parameters are there anyway)."""
+    """How many versions fit at once, from what one needs (activations; the parameters are there anyway).
+
+    When not even one does, `question.recomputed` is chosen so that it does, or nearly.
+    """
     if question.fitting:
         return question.fitting
-    kept: list[int] = []
-    parameters = {p.untyped_storage().data_ptr() for p in question.model.network.parameters()}
+    largest = 0
 
-    def count(tensor: Tensor) -> None:
-        # No backward follows, so nothing is really kept; a tensor handed back here would outlive its graph in a cycle.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept.append(storage.nbytes())
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda never: never):
+    def forward() -> None:
+        nonlocal largest
         *_, largest = _recorded(question, question.x)
+
+    kept, budget = Kept(question.model.network, forward), question.run.budget(question.x.device)
     # In the backward, what comes back to a result and what goes on from it are there at the same time.
-    bytes_each = sum(kept) + 2 * largest
+    beside = 2 * largest
     voxels = len(question.x) * question.x[0, 0].numel()
-    question.fitting = question.run.fitting(bytes_each, voxels, question.x.device)
+    question.fitting = question.run.fitting(kept.bytes + beside, voxels, question.x.device)
+    if kept.bytes + beside > budget:
+        question.recomputed = kept.blocks(budget - beside, several=len(question.targets) > 1)
+    if question.recomputed:
+        question.run.note(
+            "Memory does not hold all that a backward needs: parts of the network were computed twice, which takes "
+            "longer and gives the same map."
+        )
     return question.fitting

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from MedXAILib.engines.checkpointing import checkpointed
 from MedXAILib.engines.decompositions import DECOMPOSED
 from MedXAILib.engines.operators import (
     ACTIVATION,
@@ -397,6 +398,19 @@ class Interception(TorchFunctionMode):
         self._compared += 1
         return others
 
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside, operators are intercepted."""
+        # A network's own checkpoints would run again in the backward, where nothing is intercepted; and the operators
+        # in a function of its own are none that its backward goes by.
+        at_once = patch.object(torch.utils.checkpoint, "checkpoint", _at_once)
+        with at_once, patch.object(torch.autograd.Function, "apply", classmethod(_refused)), self:
+            yield
+
+    def again(self) -> AbstractContextManager[object]:
+        """Inside what this returns, a part of the forward that begins now can be computed once more."""
+        return _Again(self, self._compared)
+
     def finished(self) -> None:
         """The forward is over: nothing may be left to compare with."""
         if self.record is not None and self._compared < len(self.record):
@@ -407,6 +421,20 @@ _ANOTHER_WAY = (
     "This network takes another way for the baseline than for the scan, so that they cannot be compared: use "
     "gradient_shap or integrated_gradients."
 )
+
+
+class _Again:
+    def __init__(self, mode: Interception, compared: int) -> None:
+        self.mode, self.compared = mode, compared
+        self._inside = ExitStack()
+
+    def __enter__(self) -> None:
+        self.mode._compared, self._left = self.compared, self.mode._compared
+        self._inside.enter_context(self.mode.on())
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.close()
+        self.mode._compared = self._left
 
 
 class Recording(Interception):
@@ -436,10 +464,7 @@ def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
                 f"{what} is {how}, and operators inside it cannot be seen: give the network as Python code or a MONAI "
                 "bundle, or use gradient or integrated_gradients."
             )
-    # A network's own checkpoints would run again in the backward, where nothing is intercepted; and the operators in a
-    # function of its own are none that its backward goes by.
-    at_once = patch.object(torch.utils.checkpoint, "checkpoint", _at_once)
-    with at_once, patch.object(torch.autograd.Function, "apply", classmethod(_refused)), mode:
+    with mode.on():
         yield mode
 
 
@@ -459,6 +484,10 @@ def _wide(tensor: Tensor) -> Tensor:
 def _noticed(tensor: Tensor) -> Tensor:
     """`tensor`, so that what is made of it out of sight can be told from a constant."""
     return tensor if tensor.requires_grad else tensor.requires_grad_()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)
 
 
 def _untraced(tensor: Tensor) -> Tensor:
@@ -517,7 +546,7 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
         Unseen: when one cannot be seen.
     """
     mode = Interception(composite, record)
-    with intercepting(question.model, mode):
+    with intercepting(question.model, mode), checkpointed(question.recomputed, mode.again, edge=_alias):
         leaf = mode.start(x)
         values = question.values(leaf)
     mode.finished()
@@ -527,14 +556,12 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
 def came_back(question: Question, book: Book, values: list[Tensor], leaf: Tensor) -> list[Multipliers]:
     """What comes back to `leaf` from each of `values`, which it has led to."""
     question.run.operators = {rule: dict(met) for rule, met in book.met.items()}
-    found = []
+    # Those of this forward; what is computed again in the backward has others.
+    constants, found = list(book.constants), []
     for i, value in enumerate(values):
         book.lost = 0.0
-        inputs = [leaf, *book.constants]
-        m, *of_constants = question.gradients(value, inputs, keep=i < len(values) - 1)
-        held = [
-            float((g * c.detach()).sum(dtype=torch.float64)) for g, c in zip(of_constants, book.constants, strict=True)
-        ]
+        m, *of_constants = question.gradients(value, [leaf, *constants], keep=i < len(values) - 1)
+        held = [float((g * c.detach()).sum(dtype=torch.float64)) for g, c in zip(of_constants, constants, strict=True)]
         found.append(Multipliers(m, value.detach(), sum(held) + book.lost))
     return found
 

@@ -45,20 +45,21 @@ def nonzero(x: Tensor) -> Tensor:
 
 
 class _Stabilised(torch.autograd.Function):
-    """z; what comes back is multiplied by z / (z + epsilon sign z)."""
+    """The value of z; what comes back to it is multiplied by z / (z + epsilon sign z)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, epsilon: float, book: Any) -> Tensor:
+    def forward(ctx: Any, z: Tensor, value: Tensor, epsilon: float, book: Any) -> Tensor:
         ctx.epsilon, ctx.book = epsilon, book
         # With the sign of z, which the backward needs too.
-        ctx.save_for_backward(z / (z.abs() + epsilon))
-        return z.view_as(z)
+        ctx.save_for_backward(value / (value.abs() + epsilon))
+        # Not a view of z itself, which would live as long.
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (m,), (share,) = gradients, ctx.saved_tensors
         ctx.book.lost += ctx.epsilon * float(torch.dot(m.flatten(), share.flatten()))
-        return m * share.abs(), None, None
+        return m * share.abs(), None, None, None
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class Epsilon(Rule):
     epsilon: float
 
     def __call__(self, call: Call) -> Tensor:
-        assert call.result is not None
+        result = _result(call)
         if not self.epsilon:
-            return call.result.view_as(call.result)
-        z: Tensor = _Stabilised.apply(call.result, self.epsilon, call.book)
+            return send(result, (result, 1.0, 0.0), call=call)
+        z: Tensor = _Stabilised.apply(result, result.detach(), self.epsilon, call.book)
         return z
 
 

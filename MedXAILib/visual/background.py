@@ -13,6 +13,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 from torch.nn import functional
 
+from MedXAILib.engines.input_gradients import fit
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Attribution, Explainer, Question
 from MedXAILib.grid import corners, resample, transform
@@ -105,6 +106,7 @@ class AgainstBackground(Explainer):
         """Each target's value (N,) of the samples, and what compares them with a baseline."""
 
     def attribute(self, question: Question) -> list[Attribution]:
+        fit(question)
         x, count = question.x, min(self.baselines, len(self.background))
         at_sample, compare = self.comparing(question)
         changes = [value.clone() for value in at_sample]

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from MedXAILib.engines.input_gradients import fitting
+from MedXAILib.engines.input_gradients import fit, fitting
 from MedXAILib.explainer import Attribution, Explainer, Question
 
 
@@ -44,6 +44,7 @@ class Smoothable(Explainer):
         return values if self.per_channel else values.sum(1, keepdim=True)
 
     def attribute(self, question: Question) -> list[Attribution]:
+        fit(question)
         found = self.maps(question, question.x) if self.samples == 1 else self._over_copies(question)
         return [Attribution(self.finish(question, a.values), a.residual) for a in found]
 
