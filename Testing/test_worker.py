@@ -724,4 +724,5 @@ def test_over_ssh_until_the_link_is_cut(sshd, place, tmp_path):
         assert workers
         assert reached(lambda: not any(p.is_running() for p in workers))
         client.submit({"op": "load", "model": bundle}).wait(PATIENCE)
-    assert reached(lambda: not list(sshd.there.iterdir()))
+    # PyTorch has a folder of its own there, for what it may compile.
+    assert reached(lambda: not [p for p in sshd.there.iterdir() if not p.name.startswith("torchinductor")])
