@@ -71,15 +71,19 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
 }
 
 
-def make_model(name: str, **known: object) -> mx.Model:
-    build, task, _ = NETWORKS[name]
-    torch.manual_seed(0)
-    network = build()
-    # Normalisation with the statistics of a fresh network is the identity: give it something to do.
+def with_statistics(network: nn.Module) -> nn.Module:
+    """`network`, with normalisations that do something: with the statistics of a fresh one they are the identity."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 2.0)
+    return network
+
+
+def make_model(name: str, **known: object) -> mx.Model:
+    build, task, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    network = with_statistics(build())
     if name == "swinunetr":
         # Finding a layer means looking at all of them, which takes long here; test_capture does it.
         known.setdefault("layers", ("decoder2",))

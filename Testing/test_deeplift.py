@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import DeepLift
-from conftest import NETWORKS, make_model
+from conftest import NETWORKS, make_model, with_statistics
 from monai.networks import nets
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
@@ -399,12 +399,7 @@ def made(name: str) -> tuple[mx.Model, tuple[int, ...]]:
         return make_model(name), NETWORKS[name][2]
     build, task, size = MORE[name]
     torch.manual_seed(0)
-    network = build()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.uniform_(-0.2, 0.2)
-            module.running_var.uniform_(0.5, 2.0)
-    return mx.Model(network, task=task), size  # type: ignore[arg-type]
+    return mx.Model(with_statistics(build()), task=task), size  # type: ignore[arg-type]
 
 
 def baseline_by_hand(kind: str, x: Tensor) -> Tensor:

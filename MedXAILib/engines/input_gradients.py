@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.engines.checkpointing import Kept, checkpointed
-from MedXAILib.engines.rules import Interception, Unseen, intercepting
+from MedXAILib.engines.rules import Unseen, ran
 from MedXAILib.explainer import Question
 from MedXAILib.rules.gradient import GRADIENT
 
@@ -26,11 +26,9 @@ def input_gradients(question: Question, x: Tensor) -> list[Tensor]:
 def _recorded(question: Question, x: Tensor) -> tuple[Tensor, list[Tensor], int]:
     """An input like `x`, and each target's value (M,), with no more kept than frozen weights need; and the bytes of the
     largest result on the way."""
-    mode = Interception(GRADIENT)
     try:
-        with intercepting(question.model, mode), checkpointed(question.recomputed, mode.again):
-            leaf = mode.start(x)
-            return leaf, question.values(leaf), mode.book.largest
+        mode, leaf, values = ran(question, x, GRADIENT)
+        return leaf, values, mode.book.largest
     except Unseen:
         # PyTorch knows the way back through what cannot be seen.
         leaf = x.detach().clone().requires_grad_()

@@ -88,6 +88,15 @@ def operator(func: Any) -> tuple[str, bool]:
     return name, inplace
 
 
+def option(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, key: str, default: Any, rank: int
+) -> list[Any]:
+    """An argument that says something of each of `rank` axes, such as a stride."""
+    value = args[position] if len(args) > position else kwargs.get(key)
+    value = default if value is None or (isinstance(value, (list, tuple)) and not value) else value
+    return list(value) if isinstance(value, (list, tuple)) else [value] * rank
+
+
 def out_of_place(
     func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inplace: bool
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], bool]:

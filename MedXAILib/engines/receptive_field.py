@@ -8,7 +8,6 @@ seen as they are. Stretching a class activation map to the input's corners inste
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from MedXAILib.engines.operators import operator, option, tensors
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class Following(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in _tensors(args) if geometry_of(t) is not None and t.ndim == self.rank + 2]
+        given = [t for t in tensors(args) if geometry_of(t) is not None and t.ndim == self.rank + 2]
         # In-place operators may change the shape their geometry was read from.
-        before = [(geometry_of(t), tuple(t.shape)) for t in tensors]
+        before = [(geometry_of(t), tuple(t.shape)) for t in given]
         result = func(*args, **kwargs)
         if before and isinstance(result, Tensor) and result.ndim == self.rank + 2:
             found = _geometry(func, before, args, kwargs, tuple(result.shape[2:]))
@@ -112,39 +113,32 @@ def _mark(tensor: Tensor, geometry: Geometry) -> Tensor:
     return tensor
 
 
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    flat = [item for a in args for item in (a if isinstance(a, (tuple, list)) else (a,))]
-    return [a for a in flat if isinstance(a, Tensor)]
-
-
 def _geometry(func: Any, before: Any, args: Any, kwargs: Any, size: tuple[int, ...]) -> Geometry | None:
     """The geometry of what `func` made, a grid of `size`, from inputs whose (geometry, shape) were `before`."""
-    name = re.sub(r"[123]d$", "", getattr(func, "__name__", "").strip("_").removesuffix("_with_indices"))
+    name, _ = operator(func)
     source, shape = before[0]
     old = shape[2:]
     rank = len(size)
 
-    def option(position: int, key: str, default: Any) -> list[Any]:
-        value = args[position] if len(args) > position else kwargs.get(key, default)
-        value = default if value is None or (isinstance(value, (list, tuple)) and not value) else value
-        return list(value) if isinstance(value, (list, tuple)) else [value] * rank
+    def each(position: int, key: str, default: Any) -> list[Any]:
+        return option(args, kwargs, position, key, default, rank)
 
     if name == "conv":
         kernel = list(args[1].shape[2:])
-        stride, pad, dilation = option(3, "stride", 1), option(4, "padding", 0), option(5, "dilation", 1)
+        stride, pad, dilation = each(3, "stride", 1), each(4, "padding", 0), each(5, "dilation", 1)
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         if pad[0] in ("same", "valid"):
             pad = [r // 2 if pad[0] == "same" else 0 for r in reach]
         return source.scaled(stride, [-p for p in pad], [r - p for r, p in zip(reach, pad, strict=True)])
     if name in ("max_pool", "avg_pool"):
-        kernel = option(1, "kernel_size", 1)
-        stride, pad = option(2, "stride", kernel), option(3, "padding", 0)
-        dilation = option(4, "dilation", 1) if name == "max_pool" else [1] * rank
+        kernel = each(1, "kernel_size", 1)
+        stride, pad = each(2, "stride", kernel), each(3, "padding", 0)
+        dilation = each(4, "dilation", 1) if name == "max_pool" else [1] * rank
         last = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, pad, strict=True)]
         return source.scaled(stride, [-p for p in pad], last)
     if name == "conv_transpose":
         kernel = list(args[1].shape[2:])
-        stride, pad, dilation = option(3, "stride", 1), option(4, "padding", 0), option(7, "dilation", 1)
+        stride, pad, dilation = each(3, "stride", 1), each(4, "padding", 0), each(7, "dilation", 1)
         # Output o comes from the inputs i with o = i * stride - padding + tap * dilation, for the taps of the kernel.
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         first = [(p - r) / s for p, r, s in zip(pad, reach, stride, strict=True)]

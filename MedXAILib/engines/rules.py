@@ -171,6 +171,14 @@ class Call:
         swapped = replaced((self.args, self.kwargs), lambda t: t if trace(t) is None else next(left))
         return self.func(*swapped[0], **swapped[1])
 
+    def gated(self) -> Any:
+        """What a product of something with a gate gives, all of it going back to what is let through; else None."""
+        a, b = self.given
+        of_a, of_b = (bool(known and known.gate) for known in (trace(a), trace(b)))
+        if of_a == of_b:
+            return None
+        return self.on(a.detach(), b) if of_a else self.on(a, b.detach())
+
     def weighted(self) -> Tensor:
         """What a weighted operator gives, with its own gradient."""
         assert self.affine is not None
@@ -545,12 +553,20 @@ def multipliers(question: Question, x: Tensor, composite: Composite, record: Rec
         MedXAIError: when an operator has no rule.
         Unseen: when one cannot be seen.
     """
+    mode, leaf, values = ran(question, x, composite, record)
+    return came_back(question, mode.book, values, leaf)
+
+
+def ran(
+    question: Question, x: Tensor, composite: Composite, record: Record | None = None
+) -> tuple[Interception, Tensor, list[Tensor]]:
+    """A forward of an input like `x` under `composite`: what was on, the input, and each target's value (M,)."""
     mode = Interception(composite, record)
     with intercepting(question.model, mode), checkpointed(question.recomputed, mode.again, edge=_alias):
         leaf = mode.start(x)
         values = question.values(leaf)
     mode.finished()
-    return came_back(question, mode.book, values, leaf)
+    return mode, leaf, values
 
 
 def came_back(question: Question, book: Book, values: list[Tensor], leaf: Tensor) -> list[Multipliers]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from MedXAILib.engines.operators import KEEP_ZERO, Normalisation
+from MedXAILib.engines.operators import KEEP_ZERO, Normalisation, option
 from MedXAILib.engines.rules import Book, Call, Rule, send, trace
 from MedXAILib.rules.gradient import Rectified, answer, pooled, rank, taken
 
@@ -24,7 +24,7 @@ _STABLE = 1e-6
 
 
 # Straight lines through 0 on both sides, whose derivative is y / x.
-_PIECEWISE = frozenset("relu leaky_relu prelu rrelu".split())
+_PIECEWISE = frozenset("leaky_relu prelu rrelu".split())
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,9 @@ class Shares(Rule):
 
     title: ClassVar[str] = "shared"
 
-    def __call__(self, call: Call) -> Tensor:
-        a, b = call.given
-        gates = [bool(known and known.gate) for known in (trace(a), trace(b))]
-        if not call.composite.shared_gates and gates[0] != gates[1]:
-            result: Tensor = call.on(a.detach(), b) if gates[0] else call.on(a, b.detach())
-            return result
+    def __call__(self, call: Call) -> Any:
+        if not call.composite.shared_gates and (through := call.gated()) is not None:
+            return through
         # A product's gradient would give all of it to each.
         y = call.plain()
         return send(y, (y, 0.5, 0.0), call=call)
@@ -180,17 +177,15 @@ def _options(call: Call, size: tuple[int, ...], grid: tuple[int, ...]) -> dict[s
         step = [s // g for s, g in zip(size, grid, strict=True)]
         return {"kernel": step, "stride": step, "padding": [0] * rank, "dilation": [1] * rank}
 
-    def option(position: int, key: str, default: Any) -> list[int]:
-        value = call.args[position] if len(call.args) > position else call.kwargs.get(key)
-        value = default if value is None or value == [] else value
-        return list(value) if isinstance(value, (tuple, list)) else [int(value)] * rank
+    def each(position: int, key: str, default: Any) -> list[int]:
+        return option(call.args, call.kwargs, position, key, default, rank)
 
-    kernel = option(1, "kernel_size", 1)
+    kernel = each(1, "kernel_size", 1)
     return {
         "kernel": kernel,
-        "stride": option(2, "stride", kernel),
-        "padding": option(3, "padding", 0),
-        "dilation": option(4, "dilation", 1),
+        "stride": each(2, "stride", kernel),
+        "padding": each(3, "padding", 0),
+        "dilation": each(4, "dilation", 1),
     }
 
 

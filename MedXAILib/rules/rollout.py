@@ -87,11 +87,9 @@ class Attended(Rule):
     def __call__(self, call: Call) -> Any:
         if len(call.given) < 2:
             return Scaled()(call)
-        gates = [bool(known and known.gate) for known in map(trace, call.given)]
-        if sorted(gates) == [False, True]:
+        if (through := call.gated()) is not None:
             call.book.count(ATTENTION, call.name)
-            a, b = call.given
-            return call.on(a.detach(), b) if gates[0] else call.on(a, b.detach())
+            return through
         # Of queries and keys nothing comes; the branches of a gated layer are as good as one another.
         return Halved()(call) if call.name in _BY_ELEMENT else call.value()
 

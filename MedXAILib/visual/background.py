@@ -18,7 +18,7 @@ from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Attribution, Explainer, Question
 from MedXAILib.grid import corners, resample, transform
 from MedXAILib.model import Prepared
-from MedXAILib.visual.baseline import KINDS, baseline
+from MedXAILib.visual.baseline import KINDS, baseline, completeness
 from MedXAILib.volume import Volume, load_volume
 
 Scan = str | tuple[str, ...] | Volume
@@ -121,10 +121,8 @@ class AgainstBackground(Explainer):
         return [self._attribution(question, total, change) for total, change in zip(totals, changes, strict=True)]
 
     def _attribution(self, question: Question, values: Tensor, change: Tensor) -> Attribution:
-        missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
-        if missed > _COMPLETE:
-            question.run.note(f"{missed:.0%} of the change of the score is not accounted for: {self.unaccounted}.")
-        return Attribution(self._finish(values), {"completeness": missed})
+        residual = completeness(question, values, change, _COMPLETE, self.unaccounted)
+        return Attribution(self._finish(values), residual)
 
     def _finish(self, values: Tensor) -> Tensor:
         return values if self.per_channel else values.sum(1, keepdim=True)

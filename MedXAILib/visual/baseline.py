@@ -56,6 +56,15 @@ def baseline(question: Question, kind: str | Volume) -> Tensor:
     return torch.stack([resample(whole.x, whole.affine, s.x.shape[1:], s.affine) for s in question.seen]).to(x)
 
 
+def completeness(question: Question, values: Tensor, change: Tensor, within: float, otherwise: str) -> dict[str, float]:
+    """By how much `values` (M, C, *spatial) miss the `change` of the score (M,) from a baseline, relative to it (the
+    worst sample's). More than `within` is said, and what it comes from or what to do, `otherwise`."""
+    missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
+    if missed > within:
+        question.run.note(f"{missed:.0%} of the change of the score is not accounted for: {otherwise}.")
+    return {"completeness": missed}
+
+
 def blurred(x: Tensor, spacing: tuple[float, ...], sigma_mm: float = _BLUR_MM) -> Tensor:
     """`x` (C, *spatial) smoothed by a Gaussian of `sigma_mm`, the border value held beyond the border."""
     for axis, step in enumerate(spacing, start=1):

@@ -12,7 +12,7 @@ from torch import Tensor
 from MedXAILib.engines.rules import Record, multipliers, record
 from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.rules.deeplift import DEEPLIFT
-from MedXAILib.visual.baseline import Baseline, baseline
+from MedXAILib.visual.baseline import Baseline, baseline, completeness
 from MedXAILib.visual.smoothing import Smoothable
 
 # A completeness residual beyond this is said in words.
@@ -45,11 +45,9 @@ def contributions(
     found = []
     for back, top in zip(multipliers(question, start, DEEPLIFT, seen), at_sample, strict=True):
         values, change = back.m * (x - start), top - back.value
-        missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
-        if missed > _COMPLETE:
-            question.run.note(
-                f"{missed:.0%} of the change of the score is not accounted for: the network selects other values for "
-                "the baseline than for the scan, or its score hardly changes; try another baseline."
-            )
-        found.append(Attribution(values, {"completeness": missed}))
+        otherwise = (
+            "the network selects other values for the baseline than for the scan, or its score hardly changes; try "
+            "another baseline"
+        )
+        found.append(Attribution(values, completeness(question, values, change, _COMPLETE, otherwise)))
     return found

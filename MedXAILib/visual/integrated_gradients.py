@@ -14,7 +14,7 @@ from torch import Tensor
 
 from MedXAILib.engines.input_gradients import each_gradient
 from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
-from MedXAILib.visual.baseline import Baseline, baseline
+from MedXAILib.visual.baseline import Baseline, baseline, completeness
 from MedXAILib.visual.smoothing import Smoothable
 
 # A completeness residual beyond this is said in words.
@@ -74,13 +74,10 @@ class IntegratedGradients(Smoothable):
         found = []
         for mean, top, bottom in zip(means, at_sample, at_start, strict=True):
             values, change = mean * difference, top - bottom
-            missed = float(((values.flatten(1).sum(1) - change).abs() / change.abs().clamp_min(1e-12)).max())
-            if missed > _COMPLETE:
-                question.run.note(
-                    f"{missed:.0%} of the change of the score is not accounted for: the score jumps or hardly differs "
-                    "between scan and baseline; try another baseline, such as 'blur'."
-                )
-            found.append(Attribution(values, {"completeness": missed}))
+            otherwise = (
+                "the score jumps or hardly differs between scan and baseline; try another baseline, such as 'blur'"
+            )
+            found.append(Attribution(values, completeness(question, values, change, _COMPLETE, otherwise)))
         return found
 
     def _add(
