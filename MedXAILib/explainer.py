@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -40,13 +40,20 @@ def backpropagation(strengths: str, limits: str) -> Taxonomy:
     return Taxonomy("3.1.1", "visual", "post hoc", "model-specific", ("local",), strengths, limits)
 
 
+def perturbation(strengths: str, limits: str) -> Taxonomy:
+    """The taxonomy of the visual, perturbation-based methods (section 3.1.2)."""
+    return Taxonomy("3.1.2", "visual", "post hoc", "model-agnostic", ("local",), strengths, limits)
+
+
 @dataclass(frozen=True)
 class Attribution:
     """A map on the network's input grid: `values` (N, C or 1, *spatial), and what theory says it should sum to,
-    missed by `residual` (relative, the worst sample's)."""
+    missed by `residual` (relative, the worst sample's). Of a map that is an estimate, `interval` (as `values`) is half
+    the width of the 95 % confidence interval of each voxel."""
 
     values: Tensor
     residual: dict[str, float] = field(default_factory=dict)
+    interval: Tensor | None = None
 
 
 @dataclass
@@ -82,6 +89,18 @@ class Question:
         if not self.bound:
             self.bound = [t.bind(self.model, read[t.layer][: len(self.x)], self.seen) for t in self.targets]
         return [bound.value(read[bound.target.layer]) for bound in self.bound]
+
+    def alone(self) -> Iterator[Question]:
+        """Each sample as a question of its own."""
+        if not self.bound:
+            with torch.no_grad():
+                self.values(self.x)
+        if len(self.x) == 1:
+            yield self
+            return
+        for i in range(len(self.x)):
+            targets = [bound.target.part(i, i + 1) for bound in self.bound]
+            yield replace(self, x=self.x[i : i + 1], seen=self.seen[i : i + 1], targets=targets, bound=[])
 
     def gradients(self, value: Tensor, inputs: Sequence[Tensor], keep: bool = False) -> tuple[Tensor, ...]:
         """The gradient of the summed `value` (M,) with respect to each of `inputs`; `keep` the graph for another.
@@ -120,6 +139,8 @@ class Explainer(BaseModel, ABC):
     taxonomy: ClassVar[Taxonomy]
     layered: ClassVar[bool] = False
     """Whether it looks inside the network, at a layer."""
+    anytime: ClassVar[bool] = False
+    """Whether it can end early, with what it has found so far."""
 
     @property
     def signed(self) -> bool:

@@ -52,6 +52,8 @@ class Provenance(BaseModel):
     forwards: int
     backwards: int
     notes: list[str] = []
+    partial: bool = False
+    """Whether it was ended early. To compute it again is to finish it."""
     operators: dict[str, dict[str, int]] = {}
     """Of a method that has rules for operators: which rule met which, how often."""
 
@@ -96,32 +98,44 @@ class SaliencyMap(Explanation):
     """Where: a map on the volume's own grid.
 
     `data` is float32, (1 or C, D, H, W), with N first where the input had it; `affine` takes its index (d, h, w) to RAS
-    mm. `signed` maps speak for (positive) and against (negative) the target; the others are zero or more.
+    mm. `signed` maps speak for (positive) and against (negative) the target; the others are zero or more. Of a map that
+    is an estimate, `interval` (as `data`) is half the width of the 95 % confidence interval of each voxel.
     """
 
     data: Tensor
     affine: np.ndarray
     signed: bool
     batched: bool = False
+    interval: Tensor | None = None
 
     def to_sitk(self, sample: int = 0) -> sitk.Image:
         """The map, or that of one sample of a batch, as an image in the place of the volume."""
-        return Volume(self.data[sample] if self.batched else self.data, self.affine).to_sitk()
+        return self._image(self.data, sample)
+
+    def _image(self, values: Tensor, sample: int) -> sitk.Image:
+        return Volume(values[sample] if self.batched else values, self.affine).to_sitk()
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
-        names = [f"map-{i}" for i in range(len(self.data))] if self.batched else ["map"]
-        files = [f"{name}.{image_format}" for name in names]
-        for sample, name in enumerate(files):
-            sitk.WriteImage(self.to_sitk(sample), str(folder / name), useCompression=True)
-        return {"files": files, "affine": self.affine.tolist(), "signed": self.signed, "batched": self.batched}
+        found = {"files": self.data} if self.interval is None else {"files": self.data, "intervals": self.interval}
+        written: dict[str, Any] = {}
+        for key, values in found.items():
+            name = "map" if key == "files" else "interval"
+            names = [f"{name}-{i}" for i in range(len(values))] if self.batched else [name]
+            written[key] = [f"{name}.{image_format}" for name in names]
+            for sample, file in enumerate(written[key]):
+                sitk.WriteImage(self._image(values, sample), str(folder / file), useCompression=True)
+        return {**written, "affine": self.affine.tolist(), "signed": self.signed, "batched": self.batched}
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any], common: dict[str, Any]) -> SaliencyMap:
-        maps = [Volume.from_sitk(sitk.ReadImage(str(folder / name))).data for name in manifest["files"]]
-        data = torch.stack(maps) if manifest["batched"] else maps[0]
+        def values(files: list[str]) -> Tensor:
+            maps = [Volume.from_sitk(sitk.ReadImage(str(folder / name))).data for name in files]
+            return torch.stack(maps) if manifest["batched"] else maps[0]
+
         return cls(
             **common,
-            data=data,
+            data=values(manifest["files"]),
+            interval=values(manifest["intervals"]) if "intervals" in manifest else None,
             affine=np.array(manifest["affine"]),
             signed=manifest["signed"],
             batched=manifest["batched"],

@@ -25,6 +25,7 @@ from MedXAILib.visual.hirescam import HiResCAM
 from MedXAILib.visual.integrated_gradients import IntegratedGradients
 from MedXAILib.visual.layercam import LayerCAM
 from MedXAILib.visual.lrp import LRP
+from MedXAILib.visual.occlusion import Occlusion
 from MedXAILib.visual.scorecam import ScoreCAM
 
 EXPLAINERS: dict[str, type[Explainer]] = {
@@ -49,6 +50,7 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         DeepSHAP,
         AttentionRelevance,
         AttentionRollout,
+        Occlusion,
     )
 }
 

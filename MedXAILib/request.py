@@ -165,7 +165,7 @@ def _explain(
             answers.append((question.bound, attributions))
 
         run.chunks(len(seen), size=len(seen)).map(answer, explainer.title)
-        maps = []
+        maps, intervals = [], []
         for i in range(len(targets)):
             values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
             if not all(torch.isfinite(end) for end in values.aminmax()):
@@ -173,10 +173,10 @@ def _explain(
                     f"{explainer.title} of {model.name} is not finite: the network overflows on this input; check that "
                     "it is preprocessed as in training."
                 )
-            placed = [
-                resample(m, p.affine, v.shape, v.affine) for m, p, v in zip(values, seen, batch.volumes, strict=True)
-            ]
-            maps.append(torch.stack(placed) if batch.batched else placed[0])
+            maps.append(_placed(values, seen, batch))
+            found = [a[i].interval for _, a in answers]
+            known = [half.detach().float().cpu() for half in found if half is not None]
+            intervals.append(_placed(torch.cat(known), seen, batch) if known else None)
     made = _common(model, explainer, batch, region, run, device)
     return [
         SaliencyMap(
@@ -186,9 +186,17 @@ def _explain(
             affine=batch.volumes[0].affine,
             signed=explainer.signed,
             batched=batch.batched,
+            interval=interval,
         )
-        for i, data in enumerate(maps)
+        for i, (data, interval) in enumerate(zip(maps, intervals, strict=True))
     ]
+
+
+def _placed(values: Tensor, seen: Sequence[Prepared], batch: _Batch) -> Tensor:
+    """Maps (N, C or 1, *spatial) on the grids of the volumes they are of."""
+    pairs = zip(values, seen, batch.volumes, strict=True)
+    placed = [resample(m, p.affine, v.shape, v.affine) for m, p, v in pairs]
+    return torch.stack(placed) if batch.batched else placed[0]
 
 
 def _onlooker(run: Run, seen: Sequence[Prepared], batch: _Batch) -> Callable[[Tensor], object] | None:
@@ -286,5 +294,6 @@ def _common(
         "forwards": run.cost.forwards,
         "backwards": run.cost.backwards,
         "notes": list(run.notes),
+        "partial": run.unfinished,
         "operators": run.operators,
     }

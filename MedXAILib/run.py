@@ -68,9 +68,9 @@ class Run:
 
     `device` is where the network runs (default: where its parameters are); `memory_budget` in bytes bounds how much is
     computed at once (default: half of what is free); `progress` is called with a `Progress`; `cancel` is asked between
-    steps and stops the run when it returns True. `partial` is called now and then with the first target's map as it is
-    so far (a `Partial`). `precision` is what the network computes in, if not in its own. The rest is filled
-    in while it runs.
+    steps and stops the run when it returns True; so is `enough`, by methods that can end early, which then give what
+    they have. `partial` is called now and then with the first target's map as it is so far (a `Partial`). `precision`
+    is what the network computes in, if not in its own. The rest is filled in while it runs.
     """
 
     device: str | torch.device | None = None
@@ -78,10 +78,13 @@ class Run:
     memory_budget: int | None = None
     progress: Callable[[Progress], None] | None = None
     cancel: Callable[[], bool] | None = None
+    enough: Callable[[], bool] | None = None
     partial: Callable[[Partial], object] | None = None
     precision: Precision | None = None
     cost: Cost = field(default_factory=Cost, init=False)
     notes: list[str] = field(default_factory=list, init=False)
+    unfinished: bool = field(default=False, init=False)
+    """Whether it ended early because that was `enough`."""
     operators: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     """Of a method that has rules for operators: which rule met which, how often."""
     _started: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -99,6 +102,14 @@ class Run:
         if self.progress is not None:
             left = (time.monotonic() - started) / done * (total - done) if done else None
             self.progress(Progress(done, total, message, left))
+
+    def stops(self, done: int, total: int, message: str) -> bool:
+        """Whether `done` of `total` steps of the work called `message` are enough; if so, the reader will know."""
+        if self.enough is None or not self.enough():
+            return False
+        self.unfinished = True
+        self.note(f"Stopped early, at step {done} of {total} ({message}): the map is partial.")
+        return True
 
     def glimpse(self, show: Callable[[], object]) -> None:
         """Call `show`, unless it is too early for that again. What it lacks memory for, it leaves out."""
@@ -153,11 +164,12 @@ class Chunks:
     def __init__(self, run: Run, total: int, size: int) -> None:
         self.run, self.total, self.size = run, total, size
 
-    def map(self, work: Callable[[int, int], object], message: str) -> None:
-        """Call `work(start, stop)` over the whole range. `work` must leave no trace of a call that raised."""
+    def map(self, work: Callable[[int, int], object], message: str, anytime: bool = False) -> int:
+        """Call `work(start, stop)` over the whole range, or `anytime` until that is enough, but once at least. Returns
+        how far it came. `work` must leave no trace of a call that raised."""
         done = 0
         self.run.step(done, self.total, message)
-        while done < self.total:
+        while done < self.total and not (anytime and done and self.run.stops(done, self.total, message)):
             stop = min(done + self.size, self.total)
             try:
                 work(done, stop)
@@ -168,6 +180,7 @@ class Chunks:
                 continue
             done = stop
             self.run.step(done, self.total, message)
+        return done
 
     def _shrink(self, error: BaseException) -> None:
         if self.size == 1:

@@ -19,6 +19,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "gradient_shap": {"samples": 4},
     "deep_shap": {"background": ("zero", "blur")},
     "scorecam": {"clusters": 3},
+    "occlusion": {"window": (16.0,)},
 }
 METHODS = list(mx.methods())
 
