@@ -229,7 +229,8 @@ class MedXAILogic(ScriptedLoadableModuleLogic):
             volumeNode: the scan, or a list of volumes on one grid as channels.
             model: path of a MONAI bundle or TorchScript file, which the worker computes with; or a `MedXAILib.Model`
                 in memory, which is explained here.
-            method, target, parameters: as for `MedXAILib.explain`; a list of targets gives a list of explanations.
+            method, target, parameters: as for `MedXAILib.explain`; a list of targets gives a list of explanations. What
+                takes a box or a mask also takes a region of interest, or a segment as below.
             region: a region of interest, a segment as (segmentation node, segment ID or name), or a point or box in
                 RAS mm.
             waitForCompletion: False returns at once, with an `asking.Explaining` to watch and to cancel.
@@ -244,7 +245,8 @@ class MedXAILogic(ScriptedLoadableModuleLogic):
 
         if not isinstance(model, (str, Path)):
             return mrml.explain(volumeNode, model, method, target, region, **(parameters or {}))
-        explaining = asking.Explaining(volumeNode, model, method, target, parameters, region)
+        anytime = self.methods.get(method, {}).get("anytime", False)
+        explaining = asking.Explaining(volumeNode, model, method, target, parameters, region, anytime=anytime)
         if not waitForCompletion:
             return explaining
         nodes = explaining.wait()

@@ -32,12 +32,15 @@ from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError, Untrusted
 from MedXAILib.model import Model
+from MedXAILib.window import Window
 
 _SAFE = ("monai.networks.", "monai.transforms.", "monai.inferers.", "torch.nn.modules.", "MedXAILib.networks.")
 _UNSAFE = ("monai.transforms.io.",)
 
 _NETWORK = ("network_def", "network")
 _LOADING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "SaveImage", "ToDevice", "AddChannel")
+_SLIDING = ("SlidingWindowInferer", "SlidingWindowInfererAdapt")
+_WINDOW = ("roi_size", "overlap", "mode", "sigma_scale", "padding_mode", "cval")
 _WEIGHTS = ("model.safetensors", "model.pt", "model.pth")
 
 
@@ -87,7 +90,7 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
     if definition is None:
         raise MedXAIError(f"'{source}' defines no network: its inference configuration needs a 'network_def'.")
     parser = ConfigParser({**config, "bundle_root": str(folder)})
-    items = [{"network": config[definition]}, *_transforms(parser)]
+    items = [config[definition], *_transforms(parser), _window(parser)]
     if not trust:
         code = "\n".join(dict.fromkeys(_code(parser, items)))
         if code:
@@ -100,7 +103,9 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
     try:
         with _importable(folder) if trust else contextlib.nullcontext():
             network = parser.get_parsed_content(definition)
-            transforms = tuple(parser.get_parsed_content(f"_preprocessing::{i}") for i in range(len(items) - 1))
+            transforms = tuple(parser.get_parsed_content(f"_preprocessing::{i}") for i in range(len(items) - 2))
+            sliding = parser.get_parsed_content("_window")
+            window = Window(**sliding) if sliding else None
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise MedXAIError(f"The configuration of '{source}' cannot be built: {reason}") from error
@@ -116,6 +121,7 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
             "preprocessing": Preprocessing(transforms, image) if transforms else None,
             "channels": channels,
             "patch_size": spatial,
+            "window": window,
             "layers": tuple(metadata.get("medxai", {}).get("layers", ())),
             **_output(metadata),
             **known,
@@ -168,6 +174,19 @@ def _transforms(parser: ConfigParser) -> list[Any]:
     chain = parser.get(chain[1:]) if isinstance(chain, str) and chain.startswith("@") else chain
     kept = [t for t in chain if not str(t.get("_target_", "")).rpartition(".")[2].startswith(_LOADING)]
     parser["_preprocessing"] = kept
+    return kept
+
+
+def _window(parser: ConfigParser) -> dict[str, Any]:
+    """The configuration of the window that the inferer slides over a scan; empty when it does not."""
+    inferer = parser.get("inferer")
+    inferer = parser.get(inferer[1:]) if isinstance(inferer, str) and inferer.startswith("@") else inferer
+    slides = isinstance(inferer, dict) and str(inferer.get("_target_", "")).rpartition(".")[2] in _SLIDING
+    # Not where it computes, which is for the person to say.
+    kept = {key: inferer[key] for key in _WINDOW if key in inferer} if slides else {}
+    if slides and "sw_batch_size" in inferer:
+        kept["batch"] = inferer["sw_batch_size"]
+    parser["_window"] = kept
     return kept
 
 

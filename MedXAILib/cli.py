@@ -252,7 +252,7 @@ def explain(
             "--region",
             "-r",
             help="Where to look, in RAS mm: a centre X,Y,Z or a box X0,Y0,Z0,X1,Y1,Z1. "
-            "\\[default: the centre of the segmentation, for a network of patches]",
+            "\\[default: all of the scan, or the centre of the segmentation for a network that takes only patches]",
         ),
     ] = None,
     segmentation: Annotated[
@@ -287,7 +287,7 @@ def explain(
         network = _load(model, trust)
         scan = load_volume(volume[0] if len(volume) == 1 else volume)
         mask = None if segmentation is None else load_volume(segmentation)
-        if where is None and mask is not None and network.patch_size is not None:
+        if where is None and mask is not None and not network.takes_whole:
             where = centre(mask)
         # First, so that a place that cannot be written to does not cost the computation.
         with written_whole(out) as folder:
@@ -441,6 +441,12 @@ def _facts(model: Model) -> Iterator[tuple[str, str]]:
     yield "classes", ", ".join(model.class_names) or "(no names: counted from 0)"
     size = " x ".join(map(str, model.patch_size)) + " voxels, after preprocessing" if model.patch_size else "any size"
     yield "input", f"{model.channels or '?'} channel(s), {model.spatial_dims}-D, {size}"
+    if model.window is not None:
+        window = " x ".join(map(str, model.window.roi_size))
+        yield (
+            "whole scans",
+            f"by windows of {window} voxels, blended ({model.window.mode}, overlap {model.window.overlap})",
+        )
     yield "parameters", f"{sum(p.numel() for p in model.network.parameters()):,}"
     yield "layers for class activation maps", ", ".join(model.layers) or "found when explaining"
 

@@ -94,6 +94,12 @@ class Job:
         """Stop it: at its next step, or together with the worker when that takes too long."""
         self._client._cancel(self)
 
+    def finish(self) -> None:
+        """End it early with the map as far as it is, which its provenance then calls partial. What cannot end early
+        (methods that are not `anytime`, other requests, and workers that do not know how to) is cancelled. It may
+        still be cancelled afterwards."""
+        self._client._finish_early(self)
+
     def discard(self) -> None:
         """Remove the files of the result, once they have been read or copied."""
         shutil.rmtree(self._client.folder / str(self.id), ignore_errors=True)
@@ -320,6 +326,12 @@ class WorkerClient:
         elif job is self._running and job._deadline is None and self._link is not None:
             job._deadline = time.monotonic() + self.grace
             self._link.outbox.put(({"id": job.id, "op": "cancel"}, None))
+
+    def _finish_early(self, job: Job) -> None:
+        if job is self._running and self._link is not None and self.worker.get("finishes"):
+            self._link.outbox.put(({"id": job.id, "op": "finish"}, None))
+        else:
+            self._cancel(job)
 
     def _fail_waiting(self, why: str) -> None:
         waiting, self._waiting = self._waiting, deque()

@@ -9,16 +9,20 @@ from typing import Any, Literal
 from MedXAILib.explainer import Explainer
 
 Type = Literal["bool", "int", "float", "choice", "text", "list"]
+Format = Literal["", "numbers", "region", "mask"]
 
 _TYPES: dict[str, Type] = {"boolean": "bool", "integer": "int", "number": "float", "array": "list"}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a method. A "list" is one of names; a "choice" that is `open` also takes the path of a file."""
+    """A parameter of a method. A "list" is one of names, or one of "numbers" where its `format` says so; a "choice"
+    that is `open` also takes the path of a file. A "text" of the format "region" is a part of the scan, and may be a
+    box in RAS mm or a `Volume` instead; one of the format "mask" may be a `Volume`."""
 
     name: str
     type: Type
+    format: Format
     default: Any
     choices: tuple[str, ...]
     open: bool
@@ -46,6 +50,7 @@ def describe(kind: type[Explainer]) -> dict[str, Any]:
         "paper": kind.paper,
         "taxonomy": asdict(kind.taxonomy),
         "layered": kind.layered,
+        "anytime": kind.anytime,
         "signed": kind().signed,
         "parameters": [asdict(p) for p in parameters(kind)],
     }
@@ -56,6 +61,7 @@ def _parameter(name: str, schema: dict[str, Any]) -> Parameter:
     return Parameter(
         name,
         "choice" if choices else _TYPES.get(schema.get("type", ""), "text"),
+        _format(schema),
         schema.get("default"),
         choices,
         "examples" in schema,
@@ -63,3 +69,10 @@ def _parameter(name: str, schema: dict[str, Any]) -> Parameter:
         schema.get("maximum"),
         schema.get("description", ""),
     )
+
+
+def _format(schema: dict[str, Any]) -> Format:
+    if schema.get("items", {}).get("type") in ("number", "integer"):
+        return "numbers"
+    # Other formats are of no concern to whoever offers the method.
+    return next((known for known in ("region", "mask") if schema.get("format") == known), "")

@@ -142,6 +142,10 @@ class Explainer(BaseModel, ABC):
     anytime: ClassVar[bool] = False
     """Whether it can end early, with what it has found so far."""
 
+    stitching: ClassVar[Literal["sum", "blend"] | None] = "sum"
+    """How its maps of a scan's windows become one: summed, because they add up to the score, or blended. None when it
+    asks about whole scans itself."""
+
     @property
     def signed(self) -> bool:
         """Whether its map speaks for (positive) and against (negative)."""

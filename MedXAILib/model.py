@@ -19,6 +19,7 @@ from MedXAILib.grid import from_4x4, resample, to_4x4
 from MedXAILib.region import Region, cut
 from MedXAILib.run import Precision, out_of_memory
 from MedXAILib.volume import Volume
+from MedXAILib.window import Window
 
 Task = Literal["classification", "multilabel", "ordinal", "regression", "segmentation", "embedding"]
 
@@ -60,6 +61,8 @@ class Model:
         preprocessing: from a MONAI MetaTensor (C, X, Y, Z), as MONAI's LoadImage gives it, to the network's input;
             spatial transforms must keep the affine up to date, as MONAI's do.
         patch_size: the voxels a patch network looks at; None when it takes a whole volume.
+        window: how a network that segments patches takes a whole volume all the same, when it is not told where to
+            look.
         output: the key of the output to use when the network returns a dictionary (a tuple: its first item).
         layers: good layers for class activation maps, best first; found by itself when empty.
         channels: input channels, and `spatial_dims`: 2 or 3; both read from the first convolution when left out.
@@ -71,6 +74,7 @@ class Model:
     class_names: Sequence[str] = ()
     preprocessing: Callable[[MetaTensor], Tensor] | None = None
     patch_size: Sequence[int] | None = None
+    window: Window | None = None
     output: str | None = None
     layers: Sequence[str] = ()
     channels: int | None = None
@@ -159,12 +163,26 @@ class Model:
         """The name of output `index`, or its number when it has none."""
         return self.class_names[index] if index < len(self.class_names) else str(index)
 
+    @property
+    def takes_whole(self) -> bool:
+        """Whether it takes a whole scan, however large that is."""
+        return self.patch_size is None or (self.window is not None and self.task == "segmentation")
+
+    def slides(self, shape: Sequence[int]) -> bool:
+        """Whether the network looks at an input of `shape` (*spatial) window by window."""
+        return self.window is not None and self.task == "segmentation" and self.window.slides(shape)
+
     def forward(self, x: Tensor) -> Tensor:
-        """The network's output for (N, C, *spatial), as one tensor.
+        """The network's output for (N, C, *spatial), as one tensor; of an input larger than its window, blended.
 
         Raises:
             MedXAIError: when the network cannot take this input or gives no tensor.
         """
+        if self.window is not None and self.slides(x.shape[2:]):
+            return self.window.blended(self._asked, x)
+        return self._asked(x)
+
+    def _asked(self, x: Tensor) -> Tensor:
         try:
             with self._autocast(x.device.type):
                 y = self.network(x)
@@ -255,7 +273,10 @@ class Model:
                 "give one file per channel, in the order the network was trained on."
             )
         if region is not None:
-            return Prepared(*cut(x, affine, region, self.patch_size))
+            window = None if self.window is None else self.window.size(x.shape[1:])
+            return Prepared(*cut(x, affine, region, self.patch_size or window))
+        if self.slides(x.shape[1:]):
+            return whole
         if self.patch_size is not None and any(s > p for s, p in zip(x.shape[1:], self.patch_size, strict=True)):
             size = " x ".join(f"{p * s:.0f}" for p, s in zip(self.patch_size, Prepared(x, affine).spacing, strict=True))
             raise MedXAIError(

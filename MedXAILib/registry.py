@@ -12,6 +12,7 @@ from MedXAILib.explainer import Explainer
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
 from MedXAILib.visual.cam import CAM
+from MedXAILib.visual.counterfactual_infill import CounterfactualInfill
 from MedXAILib.visual.deconvnet import DeconvNet
 from MedXAILib.visual.deep_shap import DeepSHAP
 from MedXAILib.visual.deeplift import DeepLIFT
@@ -23,10 +24,17 @@ from MedXAILib.visual.guided_backprop import GuidedBackprop
 from MedXAILib.visual.guided_gradcam import GuidedGradCAM
 from MedXAILib.visual.hirescam import HiResCAM
 from MedXAILib.visual.integrated_gradients import IntegratedGradients
+from MedXAILib.visual.kernel_shap import KernelSHAP
 from MedXAILib.visual.layercam import LayerCAM
+from MedXAILib.visual.lime import LIME
 from MedXAILib.visual.lrp import LRP
+from MedXAILib.visual.meaningful_perturbation import MeaningfulPerturbation
 from MedXAILib.visual.occlusion import Occlusion
+from MedXAILib.visual.permutation_shap import PermutationSHAP
+from MedXAILib.visual.prediction_difference import PredictionDifference
+from MedXAILib.visual.rise import RISE
 from MedXAILib.visual.scorecam import ScoreCAM
+from MedXAILib.visual.supervoxel_ablation import SupervoxelAblation
 
 EXPLAINERS: dict[str, type[Explainer]] = {
     kind.id: kind
@@ -51,6 +59,14 @@ EXPLAINERS: dict[str, type[Explainer]] = {
         AttentionRelevance,
         AttentionRollout,
         Occlusion,
+        SupervoxelAblation,
+        LIME,
+        KernelSHAP,
+        PermutationSHAP,
+        RISE,
+        PredictionDifference,
+        MeaningfulPerturbation,
+        CounterfactualInfill,
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, overload
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from MedXAILib import __version__, registry
+from MedXAILib.engines.stitching import explain_by_windows
+from MedXAILib.engines.whole_scan import WholeScan
 from MedXAILib.ensemble import Ensemble, combine
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question
@@ -156,15 +158,21 @@ def _explain(
             seen.append(model.prepare(v, region))
         answers: list[tuple[list[Bound], list[Attribution]]] = []
         look = _onlooker(run, seen, batch)
+        slides = model.slides(seen[0].x.shape[1:])
+        kind = WholeScan if slides else Question
 
         def answer(start: int, stop: int) -> None:
             x = torch.stack([p.x for p in seen[start:stop]]).to(device, model.dtype)
-            question = Question(model, x, seen[start:stop], [t.part(start, stop) for t in targets], run, look=look)
+            question = kind(model, x, seen[start:stop], [t.part(start, stop) for t in targets], run, look=look)
             with _precise(question):
-                attributions = explainer.attribute(question)
+                if isinstance(question, WholeScan) and explainer.stitching is not None:
+                    attributions = explain_by_windows(explainer, question)
+                else:
+                    attributions = explainer.attribute(question)
             answers.append((question.bound, attributions))
 
-        run.chunks(len(seen), size=len(seen)).map(answer, explainer.title)
+        # Whole scans are too large for two at a time.
+        run.chunks(len(seen), size=1 if slides else len(seen)).map(answer, explainer.title)
         maps, intervals = [], []
         for i in range(len(targets)):
             values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
@@ -271,6 +279,7 @@ def _common(
             "task": model.task,
             "source": model.source,
             "fingerprint": model.fingerprint,
+            **({} if model.window is None else {"window": asdict(model.window)}),
             **({} if run.precision is None else {"precision": run.precision}),
         },
         "volume": {

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.grid import resample, transform
 from MedXAILib.model import Model, Prepared
 from MedXAILib.volume import Volume
+from MedXAILib.within import mask_on
 
 Value = Callable[[Tensor], Tensor]
 """From an output (M, ...) to one number per sample (M,); M may be a multiple of the N samples it was bound to."""
@@ -158,15 +158,7 @@ class SegmentationTarget(Target):
         if self.within == "everywhere":
             return torch.ones(shape, dtype=torch.bool)
         # The output's grid spans the input's, whatever its resolution.
-        scale = np.array(seen.x.shape[1:]) / np.array(shape)
-        affine = seen.affine @ np.diag([*scale, 1.0])
-        affine[:-1, -1] = transform(seen.affine, (scale - 1) / 2)
-        if isinstance(self.within, Volume):
-            mask = (self.within.data != 0).any(0, keepdim=True).float()
-            return resample(mask, self.within.affine, shape, affine, nearest=True)[0] > 0
-        box = np.sort(np.asarray(self.within, dtype=np.float64), axis=0)
-        points = transform(affine, np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
-        return torch.from_numpy(((points >= box[0]) & (points <= box[1])).all(-1))
+        return mask_on(seen, self.within, shape)
 
     def spec(self) -> dict[str, Any]:
         if isinstance(self.within, Volume):
@@ -237,6 +229,7 @@ def as_target(target: Target | str | int | None, model: Model) -> Target:
 
 def read_layers(model: Model, x: Tensor, layers: Sequence[str | None]) -> dict[str | None, Tensor]:
     """The output of the network (for None) and of the layers named, from one forward of `x` (N, C, *spatial)."""
+    refuse_layers(model, x, layers)
     read: dict[str | None, Tensor] = {}
     handles = []
     try:
@@ -250,6 +243,18 @@ def read_layers(model: Model, x: Tensor, layers: Sequence[str | None]) -> dict[s
         for handle in handles:
             handle.remove()
     return read
+
+
+def refuse_layers(model: Model, x: Tensor, layers: Sequence[str | None]) -> None:
+    """
+    Raises:
+        MedXAIError: when one of `layers` is a layer, and no layer ever sees all of `x` (N, C, *spatial).
+    """
+    if any(layers) and model.slides(x.shape[2:]):
+        raise MedXAIError(
+            f"A layer of {model.name} sees one window of the scan at a time: say where with region=(x, y, z) in RAS "
+            "mm, or explain the network's own output."
+        )
 
 
 def _two_sided(output: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class Worker:
         self._channel = channel
         self._requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._cancelled: set[int] = set()
+        self._finishing: set[int] = set()
         self._alone = threading.Event()
         # The client's folder; None when the two have no disk in common.
         self._scratch: Path | None = None
@@ -78,6 +79,8 @@ class Worker:
                     return
                 if message["op"] == "cancel":
                     self._cancelled.add(message["id"])
+                elif message["op"] == "finish":
+                    self._finishing.add(message["id"])
                 else:
                     self._requests.put(message)
             # The client is gone, and with it whoever would have removed its files.
@@ -129,7 +132,7 @@ class Worker:
         protocol.check(client)
         self._scratch = None if scratch is None else Path(scratch)
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return {**protocol.greeting(), "torch": torch.__version__, "gpus": gpus}
+        return {**protocol.greeting(), "torch": torch.__version__, "gpus": gpus, "finishes": True}
 
     def _methods(self, id: int) -> dict[str, Any]:
         return {"methods": [describe(kind) for kind in EXPLAINERS.values()]}
@@ -145,6 +148,7 @@ class Worker:
             "channels": loaded.channels,
             "spatial_dims": loaded.spatial_dims,
             "patch_size": None if loaded.patch_size is None else list(loaded.patch_size),
+            "window": list(loaded.window.roi_size) if loaded.window is not None and loaded.takes_whole else None,
             "suggested_layers": list(loaded.layers),
             "layers": [] if loaded.scripted else [name for name, _ in loaded.network.named_modules() if name],
         }
@@ -189,12 +193,13 @@ class Worker:
         known: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         show = (lambda so_far: self._show(id, so_far)) if partial else None
-        run = self._run(id, device=device or _device(), seed=seed, memory_budget=memory_budget, partial=show)
+        anytime = method in EXPLAINERS and EXPLAINERS[method].anytime
+        run = self._run(id, anytime, device=device or _device(), seed=seed, memory_budget=memory_budget, partial=show)
         run.step(0, 1, "Reading the network")
         network = _model(model, trust, known)
         run.step(0, 1, "Reading the scan")
         scan = self._volume(volume)
-        given = parameters or {}
+        given = _with_volumes(parameters or {})
         wanted = [_target(t) for t in (target if isinstance(target, list) else [target])]
         # A network that does not fit stays where it is, which the ladder notices in its turn.
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -214,11 +219,16 @@ class Worker:
         with tempfile.TemporaryDirectory(prefix="medxai-") as own:
             return {"folders": [_files(e.save(Path(own) / str(i))) for i, e in enumerate(found)]}
 
-    def _run(self, id: int, **settings: Any) -> Run:
-        def cancelled() -> bool:
-            return id in self._cancelled or self._alone.is_set()
+    def _run(self, id: int, anytime: bool = False, **settings: Any) -> Run:
+        """The run of a request: told to finish, one that is `anytime` gives what it has, and any other gives up."""
 
-        return Run(progress=self._reporter(id), cancel=cancelled, **settings)
+        def finishing() -> bool:
+            return id in self._finishing
+
+        def cancelled() -> bool:
+            return id in self._cancelled or self._alone.is_set() or (finishing() and not anytime)
+
+        return Run(progress=self._reporter(id), cancel=cancelled, enough=finishing, **settings)
 
     def _reporter(self, id: int) -> Callable[[Progress], None]:
         last = "", 0.0
@@ -252,13 +262,16 @@ def _volume(given: dict[str, Any]) -> Volume:
     return Volume(data, np.asarray(given["affine"]), given.get("source"))
 
 
+def _with_volumes(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, with volumes for what came as one: a mask, or another scan."""
+    return {name: _volume(v) if isinstance(v, dict) and "data" in v else v for name, v in given.items()}
+
+
 def _target(given: Any) -> Target | str | int | None:
     if not isinstance(given, dict):
         return given
-    # What a specification cannot hold, a mask or another scan, comes as a volume.
-    spec = {name: _volume(v) if isinstance(v, dict) and "data" in v else v for name, v in given.items()}
     try:
-        return from_spec(spec)
+        return from_spec(_with_volumes(given))
     except (KeyError, TypeError) as error:
         raise MedXAIError(f"{given} is no target ({error}): give what Target.spec() says.") from error
 

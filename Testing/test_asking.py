@@ -235,6 +235,72 @@ def test_growing_map_is_shown_and_taken_away(scan, worker, scene):
     assert not [n for n in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") if n not in (scan, made)]
 
 
+def occluding(scan, worker, **options):
+    """Covers one small window of the scan after the other, until somebody has seen something of it."""
+    parameters = {"window": [2.5], "stride": [2.5]}
+    explaining = asking.Explaining(
+        scan, NETWORK, "occlusion", "malignant", parameters, middle(scan), anytime=True, worker=worker, **options
+    )
+    while not explaining.canFinish:
+        worker.poll(0.05)
+        assert not explaining.finished, explaining.error
+    return explaining
+
+
+def test_map_so_far_is_kept(scan, worker, scene, tmp_path):
+    reached, both = [], []
+
+    def changed(explaining):
+        node = explaining._partialNode
+        if node is not None and node.GetScene() is not None:
+            array = slicer.util.arrayFromVolume(node)
+            reached.extend({np.count_nonzero(array)} - {*reached})
+            low = node.GetDisplayNode().GetWindowLevelMin()
+            assert low < 0 if array.min() < 0 else low == 0
+            both.append(array.min() < 0)
+
+    explaining = occluding(scan, worker, onChange=changed)
+    while len(reached) < 2:
+        worker.poll(0.05)
+    assert explaining.progress.seconds_left > 0 and any(both)
+    explaining.finish()
+    assert explaining.stopping and not explaining.canFinish and not explaining.cancelled
+    (made,) = explaining.wait()
+    array = slicer.util.arrayFromVolume(made).copy()
+    assert 0 < reached[0] < reached[1] <= np.count_nonzero(array)
+    assert made.GetName().endswith("Scan occlusion malignant (partial)")
+    assert results.isPartial(made) and "malignant (partial) ·" in results.title(made)
+    assert "Note: Stopped early, at step" in results.part(made, "Summary").GetText()
+    assert slicer.modules.colors.logic().GetColorLegendDisplayNode(made).GetTitleText() == "For / against (partial)"
+    volumes = slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
+    assert sorted(node.GetName() for node in volumes) == ["Scan", made.GetName()]
+    slicer_scene.save(tmp_path / "scene.mrb")
+    scene.Clear()
+    slicer_scene.load(tmp_path / "scene.mrb", tmp_path / "cache")
+    (made,) = results.findExplanations()
+    assert results.isPartial(made) and made.GetName().endswith("(partial)")
+    assert np.array_equal(slicer.util.arrayFromVolume(made), array)
+
+
+def test_map_so_far_can_be_discarded(scan, worker, scene):
+    before = nodes_of(scene)
+    explaining = occluding(scan, worker)
+    explaining.finish()
+    explaining.cancel()
+    with pytest.raises(Cancelled):
+        explaining.wait()
+    left = {scene.GetNodeByID(node_id).GetName() for node_id in nodes_of(scene) - before}
+    assert left <= {"MedXAI signed", "MedXAI unsigned"}
+    assert not files_of(worker)
+
+
+def test_without_a_map_so_far_to_end_early_is_to_cancel(scan, worker):
+    explaining = asking.Explaining(scan, NETWORK, "gradcam", "malignant", {}, middle(scan), anytime=True, worker=worker)
+    explaining.finish()
+    with pytest.raises(Cancelled):
+        explaining.wait()
+
+
 def test_code_of_a_network_runs_only_when_allowed(scan, worker, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "_memory", {})
     bundle = tmp_path / "bundle with spaces é"

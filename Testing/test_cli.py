@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import MedXAILib as mx
 from MedXAILib import cli
 from MedXAILib.report import case
+from MedXAILib.window import Window
 
 SPACING, ORIGIN = (1.5, 1.0, 2.0), (-12.0, 30.0, 7.0)
 
@@ -46,6 +47,13 @@ def segmenter() -> mx.Model:
     with torch.no_grad():
         model.network.weight[:] = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1)
         model.network.bias.zero_()
+    return model
+
+
+def window_segmenter() -> mx.Model:
+    """The same, made for patches, and for whole scans through a window."""
+    model = segmenter()
+    model.patch_size, model.window = (8, 8, 8), Window((8, 8, 8), overlap=0.5)
     return model
 
 
@@ -144,6 +152,16 @@ def test_segmentation_networks_are_explained(here):
     assert done.exit_code == 0, done.output
     labels = network_says(segmenter())
     assert re.search(rf"lesion\s+{labels:.2f}", done.stdout)
+
+
+def test_whole_scans_are_explained_through_a_window(here):
+    words = "-m", "occlusion", "-t", "lesion", "-s", "block.nrrd", "-o", "out"
+    done = medxai("explain", "test_cli:window_segmenter", "scan.nrrd", *words)
+    assert done.exit_code == 0, done.output
+    assert re.search(rf"lesion\s+{network_says(segmenter()):.2f}", done.stdout)
+    assert mx.load_explanation("out").provenance.region is None
+    told = medxai("models", "test_cli:window_segmenter")
+    assert re.search(r"whole scans\s+by windows of 8 x 8 x 8 voxels, blended \(constant, overlap 0.5\)", told.stdout)
 
 
 def network_says(model: mx.Model) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -157,6 +158,78 @@ def test_cancel_leaves_the_scene_as_it_was(host, module, scan):
     assert panel.ui.explainButton.text == "Explain"
     assert "Cancelled" in panel.ui.statusLabel.text
     assert nodes() == before
+
+
+def occluding(host, panel, window=2.5, stride=2.5):
+    """Press Explain for a method that covers one window after the other, and wait until something of it is shown."""
+    choose(panel.ui.methodSelector, "occlusion")
+    choose(panel.ui.targetSelector, "malignant")
+    panel.parameterNode.methodParameters = json.dumps({"occlusion": {"window": [window], "stride": [stride]}})
+    press(panel.ui.explainButton)
+    assert panel.ui.explainButton.text == "Cancel"
+    host.until(lambda: panel.running.canFinish)
+
+
+def test_map_so_far_is_kept(host, module, scan):
+    panel, result = module.explainPanel, module.panels[0]
+    occluding(host, panel)
+    assert panel.ui.explainButton.text == "Stop and keep the map"
+    assert "marked as partial" in panel.ui.explainButton.toolTip
+    assert panel.ui.progressBar.maximum > panel.ui.progressBar.value > 0
+    press(panel.ui.explainButton)
+    # What still has to be computed can be left.
+    assert panel.ui.explainButton.text == "Discard"
+    assert "keep the map" in panel.ui.statusLabel.text
+    host.until(lambda: panel.running is None)
+    assert panel.ui.explainButton.text == "Explain"
+    assert "the map is partial" in panel.ui.statusLabel.text
+    (made,) = module.logic.explanations()
+    assert module.ui.explanationSelector.currentNode() is made and made.GetName().endswith("(partial)")
+    assert result.ui.headlineLabel.text.startswith("<b>Partial:</b> What speaks for")
+    assert result.ui.notesLabel.text.startswith("Stopped early, at step") and not result.ui.notesLabel.isHidden()
+    host.reply = True
+    press(result.ui.deleteButton)
+    assert "malignant (partial)" in host.dialogs[-1][1] and not module.logic.explanations()
+
+
+def test_what_if_a_region_were_replaced(host, module, scan):
+    """A box of the scene around the nodule, without which the network says something else; then a segment."""
+    panel, result = module.explainPanel, module.panels[0]
+    choose(panel.ui.methodSelector, "counterfactual_infill")
+    choose(panel.ui.targetSelector, "malignant")
+    assert not panel.ui.explainButton.enabled
+    assert panel.ui.explainButton.toolTip == "Within: choose a region of interest or a segment first"
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "Nodule")
+    roi.SetCenter(NODULE)
+    roi.SetSize(30, 30, 30)
+    nodule = slicer_scene.read_volume(path("SampleData/chest_ct_nodule_mask.nrrd"), "Mask")
+    segmentation = slicer_scene.add_segmentation(scan, slicer.util.arrayFromVolume(nodule) > 0, "Nodule")
+    for chosen in (roi, segmentation):
+        panel.whereForm.widget.findChild(slicer.qMRMLNodeComboBox).setCurrentNode(chosen)
+        press(panel.ui.explainButton)
+        host.until(lambda: panel.running is None)
+        made = module.logic.explanations()[-1]
+        (was, now) = re.search(r"malignant: ([\d.]+) → ([\d.]+) with this region", result.ui.notesLabel.text).groups()
+        if chosen is roi:
+            assert float(was) > 0.99 and float(now) < 0.5
+            asked = json.loads(made.GetAttribute("MedXAI.Provenance"))["parameters"]["within"]
+            np.testing.assert_allclose(asked, [np.subtract(NODULE, 15), np.add(NODULE, 15)])
+        else:
+            # Its voxels, but for those at its border, where the network's grid is another.
+            drawn, there = (slicer.util.arrayFromVolume(node) != 0 for node in (nodule, made))
+            assert 2 * (there & drawn).sum() / (there.sum() + drawn.sum()) > 0.75
+
+
+def test_map_so_far_is_discarded(host, module, scan):
+    panel, before = module.explainPanel, nodes()
+    occluding(host, panel)
+    press(panel.ui.explainButton)
+    press(panel.ui.explainButton)
+    assert panel.ui.explainButton.text == "Cancel"
+    host.until(lambda: panel.running is None)
+    assert "the scene is as it was" in panel.ui.statusLabel.text
+    left = {slicer.mrmlScene.GetNodeByID(node_id).GetName() for node_id in nodes() - before}
+    assert left <= {"MedXAI signed", "MedXAI unsigned"}
 
 
 @pytest.mark.parametrize("way", ["scan removed", "scene closed"])
@@ -381,6 +454,14 @@ def test_pictures(host, module, scan, pictures):
     picture(result, "result")
     module.ui.settingsCollapsibleButton.collapsed = False
     picture(module.settingsPanel, "settings")
+    module.ui.settingsCollapsibleButton.collapsed = True
+    occluding(host, panel, 8, 4)
+    host.until(lambda: panel.running.progress.done >= 250)
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running is None)
+    module.ui.panelsTabWidget.setCurrentIndex(0)
+    host.process()
+    window(host, pictures / "slicer-partial.png")
     layouts.compareMaps(first, second)
     host.window(pictures / "slicer-maps.png")
     for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
@@ -389,7 +470,6 @@ def test_pictures(host, module, scan, pictures):
         node.JumpSliceByCentering(*peak(second))
     window(host, pictures / "slicer-maps.png")
     layouts.leave()
-    module.ui.settingsCollapsibleButton.collapsed = True
     whole = mx.load_volume(path("SampleData/chest_ct_nodule.nrrd"))
     (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.caption(whole, NODULE))])
     panel.parameterNode.explanation = node

@@ -168,6 +168,20 @@ def test_only_segmentation_networks_are_asked_where(host, module, scan):
     )
 
 
+def test_a_network_with_a_window_is_asked_about_the_whole_scan(host, module, scan):
+    panel = module.explainPanel
+    assert "over a whole scan" in panel.ui.modelInfoLabel.text
+    panel.parameterNode.regionKind = "whole"
+    explained(host, panel)
+    assert not panel.ui.statusLabel.text and len(module.logic.explanations()) == 1
+    panel.chooser.choose(str(path("Models/lung_nodule")))
+    panel.chooser.load()
+    host.until(lambda: panel.chooser.model)
+    assert "over a whole scan" not in panel.ui.modelInfoLabel.text
+    explained(host, panel)
+    assert panel.ui.statusLabel.text.endswith("say where to look, such as around a point.")
+
+
 def test_dice_needs_a_segment(host, module, scan):
     import qt
 
@@ -275,3 +289,105 @@ def test_files_are_no_layers(host):
     # Nothing typed is what the placeholder says.
     background.setText("")
     assert shown.values() == {}
+
+
+def test_numbers_are_typed_with_commas_between(host):
+    shown = form("occlusion", {"window": [10.0, 7.5]})
+    window = line(shown, "window")
+    assert window.text == "10, 7.5" and line(shown, "stride").placeholderText == "as suits the scan"
+    window.setText(" 10, 10;5 ")
+    assert shown.values() == {"window": [10.0, 10.0, 5.0]} and not shown.problem()
+    for wrong in ("ten", "10, 1O", "nan", "1e999"):
+        window.setText(wrong)
+        assert shown.problem() == "Window: type a number, or several with commas between"
+    window.setText("")
+    assert shown.values() == {} and not shown.problem()
+
+
+def typed(panel, name, text):
+    """Type into a line of the form, and leave it."""
+    window = line(panel.form, name)
+    window.setText(text)
+    window.editingFinished.emit()
+
+
+def test_what_is_no_number_is_not_asked(host, module, scan):
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, "occlusion")
+    typed(panel, "window", "12")
+    typed(panel, "window", "twelve")
+    said = "Window: type a number, or several with commas between"
+    assert panel.ui.statusLabel.text == panel.ui.explainButton.toolTip == said
+    assert not panel.ui.explainButton.enabled
+    assert json.loads(panel.parameterNode.methodParameters) == {"occlusion": {"window": [12.0]}}
+    typed(panel, "window", "9, 9")
+    assert panel.ui.explainButton.enabled and not panel.ui.statusLabel.text
+    explained(host, panel)
+    assert "2 sizes for 3 axes: give one, or one for each axis" in panel.ui.statusLabel.text
+
+
+@pytest.fixture
+def with_regions(module, scan, monkeypatch):
+    """A method that wants to know a place, and may be told an organ."""
+    text = {"type": "text", "default": "", "choices": [], "open": False, "minimum": None, "maximum": None, "help": "?"}
+    where = [{**text, "name": "within", "format": "region"}, {**text, "name": "organ", "format": "mask"}]
+    method = module.logic.methods["occlusion"]
+    method = {**method, "parameters": [*where, *method["parameters"]]}
+    monkeypatch.setitem(module.logic.methods, "occlusion", method)
+    choose(module.explainPanel.ui.methodSelector, "occlusion")
+    return module.explainPanel
+
+
+def selectors(panel, name):
+    import qt
+
+    row = panel.whereForm.widget.findChild(qt.QWidget, f"{name}Parameter")
+    return row.findChild(slicer.qMRMLNodeComboBox), row.findChild(slicer.qMRMLSegmentSelectorWidget)
+
+
+def test_a_parameter_can_be_a_region_of_the_scene(host, module, scan, mask, with_regions, tmp_path):
+    panel = with_regions
+    assert not panel.ui.whereWidget.isHidden()
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "Box")
+    segmentation = slicer_scene.add_segmentation(scan, mask, "lesion")
+    nodes, segments = selectors(panel, "within")
+    organs, organ = selectors(panel, "organ")
+    assert segments.isHidden() and organs.nodeCount() == 1
+    nodes.setCurrentNode(roi)
+    assert panel._changedParameters() == {"within": roi}
+    added = nodes.addNode("vtkMRMLMarkupsROINode")
+    assert panel._changedParameters() == {"within": added} and min(added.GetSize()) > 0
+    nodes.setCurrentNode(segmentation)
+    organs.setCurrentNode(segmentation)
+    assert not segments.isHidden() and not organ.isHidden()
+    assert panel._changedParameters() == {"within": (segmentation, "lesion"), "organ": (segmentation, "lesion")}
+    organs.setCurrentNode(None)
+    choose(panel.ui.methodSelector, "gradient")
+    assert panel.ui.whereWidget.isHidden()
+    segmentation.SetName("Renamed")
+    slicer_scene.save(tmp_path / "scene.mrb")
+    slicer.mrmlScene.Clear()
+    host.process()
+    slicer_scene.load(tmp_path / "scene.mrb", tmp_path / "cache")
+    host.process()
+    host.until(lambda: panel.chooser.model)
+    choose(panel.ui.methodSelector, "occlusion")
+    nodes, segments = selectors(panel, "within")
+    assert (nodes.currentNode().GetName(), segments.currentSegmentID()) == ("Renamed", "lesion")
+    slicer.mrmlScene.RemoveNode(nodes.currentNode())
+    assert panel._changedParameters() == {}
+
+
+def test_regions_are_asked_as_boxes_and_masks(scan, mask):
+    from MedXAISlicerLib import geometry, regions
+
+    segmentation = slicer_scene.add_segmentation(scan, mask, "lesion")
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    regions.placeAroundMiddle(roi, scan)
+    assert regions.asParameter(scan, roi) == regions.inVolume(scan, roi)
+    given = regions.asParameter(scan, (segmentation, "lesion"))
+    place = geometry.ijkToRas(scan) @ (36, 24, 18, 1)
+    np.testing.assert_allclose((given["affine"] @ (0, 0, 0, 1))[:3], place[:3], atol=1e-6)
+    assert given["data"].shape == (1, 6, 7, 24) and given["data"].all()
+    for value in (3, "slic", (10.0, 5.0), [1, 2], ()):
+        assert regions.asParameter(scan, value) is value

@@ -91,6 +91,32 @@ def test_headline_is_of_the_map_and_keeps_names_apart_from_markup(host, panel):
     assert "What speaks for 'yes'" in panel.ui.summaryText.plainText
 
 
+def test_how_sure_it_is_is_said_and_saved(host, panel, tmp_path):
+    from MedXAISlicerLib import answers, mrml, results, saving
+
+    node = scan()
+    made = answers.of(mx.explain(network(), mx.Volume(torch.rand(1, *SIZE), np.eye(4)), "gradient", target="yes"))
+    half = np.abs(made.map) / 4
+    affine = mrml.scanOf(node)["affine"]
+    manifest = {**made.manifest, "intervals": ["interval.nrrd"]}
+    manifest["provenance"] = {**made.provenance, "partial": True, "notes": ["a < b"]}
+    images = {"map.nrrd": (made.map, affine), "interval.nrrd": (half, affine)}
+    (mapNode,) = mrml.addAnswers(node, [answers.Answer(manifest, images)])
+    panel.show(mapNode)
+    note, sure = panel.ui.notesLabel.text.split("<br>")
+    assert note == "a &lt; b" and sure.startswith(f"95 % interval: ± {half.max():.2g} at the strongest voxel")
+    assert panel.ui.headlineLabel.text.startswith("<b>Partial:</b> ")
+    back = mx.load_explanation(saving.save(mapNode, tmp_path / "saved"))
+    assert torch.equal(back.interval, torch.from_numpy(half)[None]) and back.provenance.partial
+    panel.show(explained(scan()))
+    assert panel.ui.notesLabel.isHidden() and "Partial" not in panel.ui.headlineLabel.text
+    interval = results.part(mapNode, "Interval")
+    from MedXAISlicerLib import deleting
+
+    deleting.delete(mapNode)
+    assert interval.GetScene() is None
+
+
 def test_opacity_is_that_of_the_views_and_of_the_scene(host, panel, view):
     panel.show(explained(scan()))
     assert panel.ui.opacitySlider.value == pytest.approx(view.GetForegroundOpacity())

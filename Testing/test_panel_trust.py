@@ -96,6 +96,23 @@ def test_unknown_theory_goes_by_its_name(host, panel):
     assert "without a check" in panel.ui.theoryLabel.text
 
 
+@pytest.mark.parametrize(
+    ("name", "missed", "word", "said"),
+    [
+        ("efficiency", 0.02, "fair", "what taking all of them away changes; they miss it by 2.0%"),
+        ("conservation", 0.0002, "good", "it misses it by less than 0.1%"),
+        ("unexplained", 0.19, "good", "the linear rule leaves 19.0% of what the network said unexplained"),
+        ("unexplained", 0.2, "fair", "leaves 20.0%"),
+        ("unforeseen", 0.5, "poor", "does not foresee 50.0%"),
+    ],
+)
+def test_checks_are_in_plain_words(host, panel, name, missed, word, said):
+    panel.show(explanation(residual={name: missed}))
+    assert f"<b>{word}</b>" in panel.ui.theoryLabel.text and said in panel.ui.theoryLabel.text
+    limits = "20% is good, less than 50% fair" if name.startswith("un") else "1% is good, less than 5% fair"
+    assert limits in panel.ui.theoryLabel.toolTip and "does not make the network right" in panel.ui.theoryLabel.toolTip
+
+
 def test_notes_of_the_run_are_all_there(host, panel):
     panel.show(explanation(notes=["Went on with 4 at a time.", "a < b"]))
     assert "Went on with 4 at a time." in panel.ui.notesLabel.text and "a &lt; b" in panel.ui.notesLabel.text

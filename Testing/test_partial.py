@@ -147,3 +147,14 @@ def test_looking_on_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPa
     times = [when for when, _ in spent]
     # The first after a second; then what half a second is a twentieth of; then each second.
     assert times[:3] == pytest.approx([101, 111.5, 112.5], abs=0.02) and len(times) == pytest.approx(20, abs=1)
+
+
+def test_ending_early_gives_what_was_shown_last() -> None:
+    found, shown = watched("occlusion", window=(6,))
+    covered = [int(so_far.count_nonzero()) for so_far in shown]
+    assert len(shown) > 3 and covered == sorted(set(covered)) and torch.equal(shown[-1], found.data)
+    asked: list[int] = []
+    run = mx.Run(memory_budget=1, partial=lambda so_far: None, enough=lambda: bool(asked.append(1)) or len(asked) > 1)
+    early = mx.explain(make_model("resnet18"), VOLUME, "occlusion", target="malignant", run=run, window=(6,))
+    assert early.provenance.partial and not found.provenance.partial
+    assert torch.equal(early.data, shown[1])

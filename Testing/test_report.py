@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import Provenance, SaliencyMap
 from MedXAILib.model import Prediction
+from MedXAILib.report import interval
 from MedXAILib.report import montage as drawing
 from MedXAILib.report.localisation import Localisation, centre, localise, peak
 from MedXAILib.report.methods import markdown
@@ -264,6 +266,39 @@ def test_page_says_how_to_read_the_method():
     assert "Grad-CAM asks: Which features" in text and "Its limits: " in text
     # A method that is not registered (any more) can still be read about.
     assert "old_method" in page(Shown(saliency(data, np.eye(4), method="old_method"), Image.new("RGB", (8, 8))))
+
+
+def test_page_says_in_plain_words_how_much_is_missed():
+    found = replace(saliency(torch.rand(1, 8, 8, 8), np.eye(4)), residual={"unexplained": 0.25, "<theory>": 0.5})
+    text = page(Shown(found, Image.new("RGB", (8, 8))))
+    assert ">the linear rule leaves 25.0% of what the network said unexplained</abbr>." in text
+    assert "&lt;theory&gt;: 50.0%</abbr>" in text and "<theory>" not in text
+    (first, _) = [attributes["title"] for tag, attributes in Tags(text).found if tag == "abbr"]
+    assert first.startswith("1 − R² of the fit")
+
+
+def test_partial_maps_are_called_so():
+    volume, heat, _ = sphere()
+    partial = saliency(heat.data, heat.affine, partial=True, notes=["Stopped early, at step 3 of 9: partial."])
+    pages = [page(Shown(one, Image.new("RGB", (8, 8)))) for one in (heat, partial)]
+    assert ["This map is partial" in text for text in pages] == [False, True]
+    assert "Stopped early, at step 3 of 9" in pages[1]
+    assert drawing._title(partial, None) == 'Grad-CAM: why "marker", partial: stopped early'
+    assert montage(volume, partial).tobytes() != montage(volume, heat).tobytes()
+
+
+def test_interval_is_that_of_the_strongest_voxel_and_of_the_median():
+    values, half = np.array([0.0, 1.0, -4.0, 2.0, 0.0]), np.array([0.0, 0.1, 0.5, 0.3, 0.05])
+    said = "95 % interval: ± 0.5 at the strongest voxel, ± 0.2 in the median"
+    assert interval.in_words(values, half) == said
+    assert interval.in_words(values, np.where(half == 0.5, np.inf, half)).startswith("95 % interval: unknown at")
+    assert interval.in_words(0 * values, 0 * half) == ""
+    volume, heat, _ = sphere()
+    sure = replace(heat, interval=heat.data / 10)
+    strongest = f"{float(heat.data.max()) / 10:.2g}"
+    assert f"95 % interval: ± {strongest} at the strongest" in page(Shown(sure, Image.new("RGB", (8, 8))))
+    assert f"± {strongest}" in drawing._sure(sure) and not drawing._sure(heat)
+    assert montage(volume, sure).tobytes() != montage(volume, heat).tobytes()
 
 
 def test_documentation_of_the_methods_is_up_to_date():

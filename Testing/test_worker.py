@@ -223,6 +223,7 @@ def test_the_shipped_network_segments_and_explains(client, place):
     about = client.submit({"op": "load", "model": bundle}).wait(PATIENCE)
     assert (about["task"], about["source"]) == ("segmentation", str(bundle))
     assert about["layers"] and about["class_names"]
+    assert about["patch_size"] == about["window"] == [40, 40, 40]
     assert about["fingerprint"] == mx.load_model(bundle).fingerprint
     scan = {"data": patch.data.numpy().astype(np.int16), "affine": patch.affine, "key": "chest"}
     found = client.submit({"op": "predict", "model": bundle, "volume": scan, "region": centre}).wait(PATIENCE)
@@ -242,11 +243,22 @@ def test_the_shipped_network_segments_and_explains(client, place):
     assert result.data.shape == patch.data.shape and result.data.any()
 
 
+def test_a_volume_among_the_parameters_arrives(client, in_process):
+    other = {"data": VOXELS[..., :5] / 2, "affine": AFFINE}
+    request = ask("quick", method="occlusion", target=1, parameters={"infill": other, "window": [4]})
+    found = mx.load_explanation(client.submit(request).wait(PATIENCE)["folders"][0])
+    infill = mx.Volume(torch.from_numpy(VOXELS[..., :5] / 2), AFFINE)
+    expected = in_process("quick", "occlusion", target=1, infill=infill, window=(4,))
+    assert same(found, expected) and found.data.any()
+    assert not torch.equal(found.data, in_process("quick", "occlusion", target=1, window=(4,)).data)
+
+
 def test_the_network_is_loaded_once(client, place):
     first = client.submit(ask("counted", "load")).wait(PATIENCE)
     for _ in range(3):
         client.submit(ask("counted")).wait(PATIENCE)
     assert first["class_names"] == ["benign", "malignant"] and first["layers"] == ["features", "head"]
+    assert first["window"] is None
     assert (place / "loads").read_text() == "x"
 
 
@@ -286,6 +298,56 @@ def test_cancel_leaves_the_worker_as_it_was(client):
     client.submit(ask("quick")).wait(PATIENCE)
     assert process_of(client) == before
     client.grace = 0.8
+
+
+# A window in each of 720 places: 36 s.
+OCCLUDED = {**LONG, "method": "occlusion", "target": 1, "parameters": {"window": [2, 1, 1]}}
+
+
+def test_a_method_that_can_end_early_gives_what_it_has(client):
+    shown, started = [], time.monotonic()
+    job = client.submit(OCCLUDED, on_partial=lambda job, so_far: shown.append(np.count_nonzero(so_far)))
+    assert reached(lambda: len(shown) > 1, client)
+    asked, before = time.monotonic(), process_of(client)
+    job.finish()
+    found = mx.load_explanation(job.wait(PATIENCE)["folders"][0])
+    # A step takes 0.05 s.
+    assert time.monotonic() - asked < 5 and time.monotonic() - started < 30
+    assert found.provenance.partial and any(n.startswith("Stopped early, at") for n in found.provenance.notes)
+    assert 0 < shown[0] < shown[1] <= int(found.data.count_nonzero()) < found.data.numel()
+    job.finish()
+    assert job.state == "done" and process_of(client) == before
+    job.discard()
+
+
+def test_what_cannot_end_early_is_cancelled(client):
+    kept, job = files(client.folder), running(client)
+    waiting = client.submit(OCCLUDED)
+    waiting.finish()
+    job.finish()
+    with pytest.raises(mx.Cancelled):
+        job.wait(PATIENCE)
+    assert waiting.state == "cancelled"
+    assert not files(client.folder) - kept
+
+
+def test_what_is_about_to_end_early_can_still_be_cancelled(client):
+    kept, job = files(client.folder), client.submit(ask("stuck", method="occlusion"))
+    assert reached(lambda: job.progress is not None and job.progress.message.startswith("Occlusion"), client)
+    job.finish()
+    job.cancel()
+    with pytest.raises(mx.Cancelled):
+        job.wait(PATIENCE)
+    assert not files(client.folder) - kept
+
+
+def test_a_worker_that_cannot_end_early_is_cancelled(tmp_path):
+    with WorkerClient([sys.executable, "-c", IMPOSTOR + "greet(); time.sleep(600)"], tmp_path) as client:
+        job = client.submit(OCCLUDED)
+        assert reached(lambda: job.state == "running", client)
+        job.finish()
+        with pytest.raises(mx.Cancelled):
+            job.wait(PATIENCE)
 
 
 def test_a_stuck_worker_is_killed_and_replaced(client):
@@ -577,6 +639,7 @@ def test_it_says_what_methods_there_are():
     (answer,) = conversation({"id": 1, "op": "methods"})
     said = {method["id"]: method for method in answer["value"]["methods"]}
     assert list(said) == list(mx.methods())
+    assert said["occlusion"]["anytime"] and not said["gradcam"]["anytime"]
     samples = next(p for p in said["smoothgrad"]["parameters"] if p["name"] == "samples")
     assert (samples["type"], samples["default"], samples["minimum"], samples["maximum"]) == ("int", 16, 1, 1000)
 

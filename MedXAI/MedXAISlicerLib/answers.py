@@ -40,6 +40,13 @@ class Answer:
         array, _ = self.images[self.manifest["files"][0]]
         return array if array.ndim == 3 else array.sum(axis=-1)
 
+    @property
+    def interval(self):
+        """Of a saliency map that is an estimate, half the width of the 95 % confidence interval of each value,
+        (D, H, W) or (D, H, W, C); None of others."""
+        files = self.manifest.get("intervals")
+        return None if not files else self.images[files[0]][0]
+
     @cached_property
     def window(self):
         """Where the colours of a saliency map end."""
@@ -67,7 +74,8 @@ def read(folder):
         raise MedXAIError(f"'{folder}' holds no explanation (explanation.json is missing): choose the folder it is in.")
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
-        images = {name: _image(sitk.ReadImage(str(folder / name))) for name in said["files"]}
+        files = [*said["files"], *said.get("intervals", [])]
+        images = {name: _image(sitk.ReadImage(str(folder / name))) for name in files}
         said["kind"], said["provenance"]["method"], said["residual"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]

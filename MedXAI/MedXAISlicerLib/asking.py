@@ -7,7 +7,7 @@ import threading
 
 import slicer
 
-from MedXAISlicerLib import answers, display, mrml, regions, results, settings, workers
+from MedXAISlicerLib import answers, deleting, display, mrml, regions, results, settings, workers
 
 
 def load(source, onDone, worker=None):
@@ -37,6 +37,8 @@ class Asking:
     """
 
     op = ""
+    canFinish = False
+    """Whether there is part of an answer, which `finish` keeps."""
 
     def __init__(self, volumeNode, model, region=None, onChange=None, worker=None, **fields):
         """Ask a model in a file, by its path, about a volume; `volumeNode` as for `mrml.scanOf`, `region` as for
@@ -62,6 +64,16 @@ class Asking:
     def finished(self):
         """Whether it is done, failed or cancelled."""
         return self.state != "running"
+
+    @property
+    def cancelled(self):
+        """Whether it was told to stop, and to leave nothing."""
+        return self._cancelled
+
+    @property
+    def stopping(self):
+        """Whether it was told to stop, whatever becomes of it."""
+        return self._cancelled
 
     def cancel(self):
         """Stop it. This returns at once, and the scene stays as it was."""
@@ -166,18 +178,29 @@ class Explaining(Asking):
     """Why does the model say so? `nodes` are the explanation nodes once it is done, one for each target.
 
     The scene gets all of the result or nothing; while it is computed a map that grows is shown where the method can.
+    What has been shown can be kept by ending early, if the method is `anytime`.
     """
 
     op = "explain"
 
     def __init__(
-        self, volumeNode, model, method="gradcam", target=None, parameters=None, region=None, label=None, **options
+        self,
+        volumeNode,
+        model,
+        method="gradcam",
+        target=None,
+        parameters=None,
+        region=None,
+        label=None,
+        anytime=False,
+        **options,
     ):
-        """Ask as for `Asking`. `label` says how a label of a segmentation network is explained, when that is not left
-        to the library: its `measure`, and `within` what, as for `MedXAILib.SegmentationTarget`, or within a segment as
-        for `regions.maskIn`. Other networks pass over it."""
+        """Ask as for `Asking`. Regions of the scene may be among the `parameters`, as for `regions.asParameter`.
+        `label` says how a label of a segmentation network is explained, when that is not left to the library: its
+        `measure`, and `within` what, as for `MedXAILib.SegmentationTarget`, or within a segment as for
+        `regions.maskIn`. Other networks pass over it. `anytime` is what the worker says of the method."""
         self.nodes = []
-        self._label = label
+        self._label, self._anytime, self._finishing = label, anytime, False
         self._partialNode = self._read = self._adding = None
         super().__init__(
             volumeNode,
@@ -191,8 +214,28 @@ class Explaining(Asking):
             **options,
         )
 
+    @property
+    def stopping(self):
+        return self._cancelled or self._finishing
+
+    @property
+    def canFinish(self):
+        """Whether a map has been shown, which `finish` keeps."""
+        return self._anytime and self._partialNode is not None and not self.stopping and not self.finished
+
+    def finish(self):
+        """End it early and keep the map as far as it is, marked as partial; where there is none to keep, cancel. The
+        step that is being computed is still waited for: meanwhile it can be cancelled."""
+        if self.canFinish:
+            self._finishing = True
+            self._job.finish()
+        else:
+            self.cancel()
+
     def _fieldsFor(self, model):
         fields, target = super()._fieldsFor(model), self._fields["target"]
+        given = self._fields["parameters"]
+        fields["parameters"] = {name: regions.asParameter(self.sourceNode, value) for name, value in given.items()}
         if self._label is None or model["task"] != "segmentation" or not isinstance(target, (str, int, type(None))):
             return fields
         within = self._label["within"]
@@ -218,6 +261,7 @@ class Explaining(Asking):
             self._partialNode.SetSaveWithScene(False)
         else:
             slicer.util.updateVolumeFromArray(self._partialNode, array)
+        self._partialNode.SetAttribute("MedXAI.Signed", str(int(array.min() < 0)))
         display.colour(self._partialNode)
         display.overlay(self._partialNode)
         self._changed()
@@ -252,7 +296,7 @@ class Explaining(Asking):
 
     def _finish(self, error=None):
         if self._partialNode is not None and self._partialNode.GetScene() is not None:
-            slicer.mrmlScene.RemoveNode(self._partialNode)
+            deleting.remove(self._partialNode)
         super()._finish(error)
 
 

@@ -21,14 +21,14 @@ def delete(node):
         for gone in (one, *attached):
             # The application removes the item with its node; without it nobody does.
             hierarchyNode.RemoveItem(hierarchyNode.GetItemByDataNode(gone), False, False)
-            _remove(gone)
+            remove(gone)
     if hierarchyNode.GetItemAttribute(folder, results.FOLDER) and not hierarchyNode.GetNumberOfItemChildren(folder):
         hierarchyNode.RemoveItem(folder)
 
 
-def _remove(node):
+def remove(node):
     """Remove a node with how it is displayed and stored, which the scene would keep."""
     owned = [node.GetNthNodeReference(role, i) for role in _OWNED for i in range(node.GetNumberOfNodeReferences(role))]
     slicer.mrmlScene.RemoveNode(node)
     for one in filter(None, owned):
-        _remove(one)
+        remove(one)

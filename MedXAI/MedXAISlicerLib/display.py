@@ -125,7 +125,8 @@ def addLegend(mapNode):
     """Add a colour legend that says what the colours mean."""
     legendNode = slicer.modules.colors.logic().AddDefaultColorLegendDisplayNode(mapNode)
     signed = results.isSigned(mapNode)
-    legendNode.SetTitleText("For / against" if signed else "Importance")
+    partial = " (partial)" if results.isPartial(mapNode) else ""
+    legendNode.SetTitleText(("For / against" if signed else "Importance") + partial)
     legendNode.SetNumberOfLabels(3)
     legendNode.SetLabelFormat("%.2g")
     legendNode.SetSize(0.12, 0.4)

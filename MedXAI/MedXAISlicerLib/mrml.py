@@ -21,7 +21,8 @@ def explain(volumeNode, model, method="gradcam", target=None, region=None, **par
     Args:
         volumeNode: scalar volume node, vector volume node for several channels, or a list of nodes as channels.
         model: a `MedXAILib.Model` or `Ensemble`. One in a file is for `explaining.Explaining`, which blocks nobody.
-        method, target, parameters: as for `MedXAILib.explain`; `run` is among the parameters.
+        method, target, parameters: as for `MedXAILib.explain`; `run` is among the parameters, and regions of the scene
+            as for `regions.asParameter` may be.
         region: where to look, as for `regions.inVolume`: a region of interest, a segment, a point or a box. A network
             that looks at patches looks around its centre.
 
@@ -32,17 +33,16 @@ def explain(volumeNode, model, method="gradcam", target=None, region=None, **par
     Raises:
         MedXAIError: what is wrong, and the remedy; nothing was added to the scene.
     """
-    import torch
-
     import MedXAILib as mx
 
-    scan = scanOf(volumeNode)
-    volume = mx.Volume(torch.from_numpy(scan["data"].astype(np.float32)), scan["affine"], scan["source"])
+    volume = _volume(scanOf(volumeNode))
     member = model.models[0] if isinstance(model, mx.Ensemble) else model
     sourceNode = volumeNode[0] if isinstance(volumeNode, (list, tuple)) else volumeNode
     if region is not None:
         region = regions.inVolume(sourceNode, region, asCentre=member.patch_size is not None)
-    made = mx.explain(model, volume, method, target=target, region=region, **parameters)
+    given = {name: regions.asParameter(sourceNode, value) for name, value in parameters.items()}
+    given = {name: _volume(v) if isinstance(v, dict) and "data" in v else v for name, v in given.items()}
+    made = mx.explain(model, volume, method, target=target, region=region, **given)
     several = isinstance(made, list)
     nodes = addAnswers(sourceNode, [answers.of(explanation) for explanation in (made if several else [made])])
     return nodes if several else nodes[0]
@@ -81,6 +81,15 @@ def scanOf(volumeNode):
             for node in nodes
         ),
     }
+
+
+def _volume(given):
+    """A volume, as a request to the worker holds it, for the library in this process."""
+    import torch
+
+    import MedXAILib as mx
+
+    return mx.Volume(torch.from_numpy(given["data"].astype(np.float32)), given["affine"], given["source"])
 
 
 def _check(node):
@@ -171,8 +180,9 @@ def _addingSaliency(volumeNode, answer):
             f"This map of '{made['volume'].get('source')}' is not on the grid of '{volumeNode.GetName()}': choose the "
             "volume that was explained."
         )
+    partial = " (partial)" if made.get("partial") else ""
     mapNode = results.addMapNode(
-        volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}"
+        volumeNode, answer.map, f"{volumeNode.GetName()} {made['method']} {made['target_label']}{partial}"
     )
     results.describe(mapNode, answer)
     mapNode.SetAttribute("MedXAI.Signed", str(int(answer.manifest["signed"])))
@@ -180,6 +190,10 @@ def _addingSaliency(volumeNode, answer):
     yield mapNode
     if array.ndim == 4:
         results.setPart(mapNode, "Channels", results.addMapNode(volumeNode, array, f"{mapNode.GetName()} channels"))
+        yield mapNode
+    if answer.interval is not None:
+        interval = results.addMapNode(volumeNode, answer.interval, f"{mapNode.GetName()} 95 percent interval")
+        results.setPart(mapNode, "Interval", interval)
         yield mapNode
     hotspots.addHotSpots(mapNode, answer.hotSpots)
     yield mapNode

@@ -51,8 +51,8 @@ def inVolume(volumeNode, region, asCentre=False):
 
 
 def maskIn(volumeNode, segmentationNode, segment):
-    """A segment, by its ID or name, as a mask for `MedXAILib.SegmentationTarget`: a volume as a request to the worker
-    holds it, on the segment's own grid, in the RAS that the volume node has below its parent transform.
+    """A segment, by its ID or name, as a mask for `MedXAILib.SegmentationTarget` or a method: a volume as a request to
+    the worker holds it, on the segment's own grid, in the RAS that the volume node has below its parent transform.
 
     Raises:
         MedXAIError: for an empty segment or one that does not exist, and one that a transform bends.
@@ -75,6 +75,16 @@ def maskIn(volumeNode, segmentationNode, segment):
     affine = (slicer.util.arrayFromVTKMatrix(toVolume) @ toRas)[:, [2, 1, 0, 3]]
     affine[:, 3] = affine @ (*low, 1)
     return {"data": (voxels[part] != 0).astype(np.uint8)[None], "affine": affine, "source": segment}
+
+
+def asParameter(volumeNode, value):
+    """What a parameter of a method is set to, as a request to the worker holds it: a region of interest becomes its
+    box, as `inVolume`, a segment (node, ID or name) its mask, as `maskIn`; anything else is as it is."""
+    if isinstance(value, slicer.vtkMRMLMarkupsROINode):
+        return inVolume(volumeNode, value)
+    if isinstance(value, tuple) and value and isinstance(value[0], slicer.vtkMRMLSegmentationNode):
+        return maskIn(volumeNode, *value)
+    return value
 
 
 def _transformed(points, transform):

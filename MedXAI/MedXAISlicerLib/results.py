@@ -12,7 +12,7 @@ from datetime import datetime
 
 import slicer
 
-PARTS = ("Summary", "HotSpots", "Statistics", "Channels")
+PARTS = ("Summary", "HotSpots", "Statistics", "Channels", "Interval")
 
 _SEVERAL = ("Map", "CaseVolume", "CaseMap")
 _CLASSES = ("vtkMRMLScalarVolumeNode", "vtkMRMLTextNode", "vtkMRMLTableNode")
@@ -51,7 +51,8 @@ def title(node):
     """What an explanation is called in a list: method, target and time of day."""
     made = provenance(node)
     at = datetime.fromisoformat(made["created"]).astimezone()
-    return f"{methodTitle(node)} · {made['target_label']} · {at:%H:%M}"
+    partial = " (partial)" if isPartial(node) else ""
+    return f"{methodTitle(node)} · {made['target_label']}{partial} · {at:%H:%M}"
 
 
 def methodTitle(node):
@@ -63,6 +64,12 @@ def methodTitle(node):
 def provenance(node):
     """How an explanation was made, as `MedXAILib.explanation.Provenance` has it."""
     return json.loads(node.GetAttribute("MedXAI.Provenance"))
+
+
+def isPartial(node):
+    """Whether an explanation was ended early."""
+    made = node.GetAttribute("MedXAI.Provenance")
+    return made is not None and bool(json.loads(made).get("partial"))
 
 
 def residual(node):
@@ -127,7 +134,7 @@ def safeName(name):
 
     A scene with a file named after "&" cannot be read again.
     """
-    return slicer.mrmlScene.GenerateUniqueName(re.sub(r"[^\w .+-]", "", name))
+    return slicer.mrmlScene.GenerateUniqueName(re.sub(r"[^\w .+()-]", "", name))
 
 
 def safeText(text):
@@ -145,6 +152,8 @@ def addSummary(node, about):
 
 def summary(node, about):
     """What is to be known about an explanation, in words: the lines `about` it, and how it was made."""
+    from MedXAILib.report.residuals import residual as meaning
+
     made = provenance(node)
     sourceNode = part(node, "Source")
     return "\n".join(
@@ -154,7 +163,7 @@ def summary(node, about):
             f"Network: {made['model'].get('name')}",
             f"Method: {made['method']}"
             + "".join(f", {k} {v}" for k, v in made["parameters"].items() if v not in ([], "")),
-            *(f"Departs from theory ({name}) by {value:.1%}" for name, value in residual(node).items()),
+            *(f"Check: {meaning(name).sentence(value)}" for name, value in residual(node).items()),
             *(f"Note: {note}" for note in made.get("notes", [])),
             f"Computed {made['created']} in {made['seconds']:.1f} s on {made['device']}",
             "A coloured place is one that this network used: it does not mean that there is disease.",

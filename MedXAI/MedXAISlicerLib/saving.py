@@ -18,12 +18,13 @@ def save(mapNode, folder):
     """
     from MedXAILib.errors import MedXAIError
 
-    channels = results.part(mapNode, "Channels")
+    channels, interval = results.part(mapNode, "Channels"), results.part(mapNode, "Interval")
     manifest = {
         "kind": results.kind(mapNode),
         "provenance": results.provenance(mapNode),
         "residual": results.residual(mapNode),
         "files": ["map.nrrd"],
+        **({} if interval is None else {"intervals": ["interval.nrrd"]}),
         "affine": geometry.affine(mapNode).tolist(),
         "signed": results.isSigned(mapNode),
         "batched": False,
@@ -32,11 +33,13 @@ def save(mapNode, folder):
         folder.mkdir()
     except OSError as error:
         raise MedXAIError(f"'{folder}' cannot be made ({error.strerror}): choose another folder.") from error
-    writer = slicer.vtkMRMLVolumeArchetypeStorageNode()
-    writer.SetFileName(str(folder / "map.nrrd"))
+    images = {"map": mapNode if channels is None else channels, "interval": interval}
     try:
-        if not writer.WriteData(mapNode if channels is None else channels):
-            raise OSError(0, "the map could not be written")
+        for name, node in images.items():
+            writer = slicer.vtkMRMLVolumeArchetypeStorageNode()
+            writer.SetFileName(str(folder / f"{name}.nrrd"))
+            if node is not None and not writer.WriteData(node):
+                raise OSError(0, f"the {name} could not be written")
         (folder / "explanation.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

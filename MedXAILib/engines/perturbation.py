@@ -50,6 +50,11 @@ class Plain(Evaluator):
 
 def evaluator(question: Question, box: Sequence[int], count: int) -> Evaluator:
     """The cheapest way to ask about `count` boxes of the size `box`."""
+    from MedXAILib.engines.by_window import ByWindow
+    from MedXAILib.engines.whole_scan import WholeScan
+
+    if isinstance(question, WholeScan):
+        return ByWindow(question, box)
     return Plain(question)
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import SaliencyMap
 from MedXAILib.grid import corners, transform
+from MedXAILib.report import interval
 from MedXAILib.report.localisation import extent, peak
 from MedXAILib.report.methods import title as title_of
 from MedXAILib.volume import Volume
@@ -146,7 +147,8 @@ def montage(
 
     shown = f"   channel {channel + 1} of {len(volume.data)}" if len(volume.data) > 1 else ""
     sheet = _Sheet(len(views), size)
-    sheet.title(title or _title(saliency_map, probability), _where(focus) + _windowed(low, high) + shown)
+    below = _where(focus) + _windowed(low, high) + shown + _sure(saliency_map)
+    sheet.title(title or _title(saliency_map, probability), below)
     for column, (view, plane) in enumerate(zip(views, planes, strict=True)):
         grey = _grey(plane, low, high)
         drawn = _overlay(grey, view.sample(heat, 0.0), largest, saliency_map.signed)
@@ -226,7 +228,14 @@ class _Sheet:
 def _title(saliency_map: SaliencyMap, probability: float | None) -> str:
     made = saliency_map.provenance
     said = "" if probability is None else f" (probability {probability:.2f})"
-    return f'{title_of(made.method)}: why "{made.target_label}"{said}'
+    partial = ", partial: stopped early" if made.partial else ""
+    return f'{title_of(made.method)}: why "{made.target_label}"{said}{partial}'
+
+
+def _sure(saliency_map: SaliencyMap) -> str:
+    if saliency_map.interval is None:
+        return ""
+    return "   " + interval.in_words(saliency_map.data.numpy(), saliency_map.interval.numpy())
 
 
 def _where(point: np.ndarray) -> str:

@@ -18,9 +18,11 @@ from PIL import Image
 from MedXAILib.explanation import SaliencyMap
 from MedXAILib.model import Prediction
 from MedXAILib.registry import EXPLAINERS
+from MedXAILib.report import interval
 from MedXAILib.report.localisation import Localisation
 from MedXAILib.report.methods import question, title
 from MedXAILib.report.montage import FAINTEST
+from MedXAILib.report.residuals import residual
 
 RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
 
@@ -46,6 +48,7 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         f"<p class=lead>{escape(title(made.method))}, asked of {escape(str(made.model.get('name') or 'a network'))} "
         f"about {escape(Path(made.volume.get('source') or 'a scan').name)}.</p>",
         f"<p class=warning>{RESEARCH_ONLY} {escape(caution)}</p>",
+        _partial(shown.explanation),
         _said(prediction, made.target_label),
         _picture(shown),
         _meets(shown.localisation),
@@ -56,6 +59,13 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
     ]
     name = f"Why {made.target_label}: {title(made.method)}"
     return _PAGE.format(title=escape(name), style=_STYLE, body="\n".join(part for part in parts if part))
+
+
+def _partial(explanation: SaliencyMap) -> str:
+    if not explanation.provenance.partial:
+        return ""
+    said = "This map is partial: it was stopped early, and what was not reached has no colour."
+    return f"<p class=warning><strong>{said}</strong></p>"
 
 
 def _said(prediction: Prediction | None, label: str) -> str:
@@ -113,12 +123,14 @@ def _reading(explanation: SaliencyMap) -> str:
 
 
 def _checks(explanation: SaliencyMap) -> str:
-    missed = [
-        f"{name.capitalize()}: the map misses what theory demands of it by {value:.2%}."
-        for name, value in explanation.residual.items()
-    ]
-    lines = missed + list(explanation.provenance.notes)
-    return f"<h2>Checks and notes</h2>{_list(lines)}" if lines else ""
+    meant = [(residual(name), value) for name, value in explanation.residual.items()]
+    items = [f'<li><abbr title="{escape(r.help)}">{escape(r.sentence(value))}</abbr>.</li>' for r, value in meant]
+    lines = list(explanation.provenance.notes)
+    if explanation.interval is not None:
+        sure = interval.in_words(explanation.data.numpy(), explanation.interval.numpy())
+        lines = [f"{sure}."] * bool(sure) + lines
+    checks = f"<ul>{''.join(items)}</ul>" if items else ""
+    return f"<h2>Checks and notes</h2>{checks}{_list(lines)}" if items or lines else ""
 
 
 def _others(others: Sequence[Shown]) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
-from MedXAILib.training import lung_nodule, lung_nodule_segmentation
+from MedXAILib.training import healthy_tissue, lung_nodule, lung_nodule_segmentation
 from MedXAILib.training.trainer import Recipe, fit
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (lung_nodule.RECIPE, lung_nodule_segmentation.RECIPE)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (lung_nodule.RECIPE, lung_nodule_segmentation.RECIPE, healthy_tissue.RECIPE)
+}
 
 _TEST_SEED, _BORDERLINE_SEED = 2, 3
 

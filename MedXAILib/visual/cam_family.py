@@ -18,6 +18,7 @@ class LayerMap(Explainer):
     """A map made at one or several layers and brought to where their units look in the scan."""
 
     layered: ClassVar[bool] = True
+    stitching: ClassVar[Literal["sum", "blend"] | None] = "blend"
 
     layers: tuple[str, ...] = Field(
         (), description="layers to read, by their names in the network; the last with a spatial layout when left out"

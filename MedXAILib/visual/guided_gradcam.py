@@ -5,7 +5,7 @@ Selvaraju et al., "Grad-CAM: visual explanations from deep networks via gradient
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.visual.gradcam import GradCAM
@@ -22,6 +22,9 @@ class GuidedGradCAM(GradCAM):
         strengths="full resolution, and specific to the class",
         limits="its fine structures are those of guided backpropagation, which hardly depend on what was learnt",
     )
+
+    # Its fine structures add up; where there is no evidence they are zero.
+    stitching: ClassVar[Literal["sum", "blend"] | None] = "sum"
 
     @property
     def signed(self) -> bool:

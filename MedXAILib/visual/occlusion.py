@@ -5,7 +5,6 @@ Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2014.
 
 from __future__ import annotations
 
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.engines.perturbation import perturb
-from MedXAILib.errors import MedXAIError
+from MedXAILib.engines.windows import add, windows
 from MedXAILib.explainer import Attribution, Question, Taxonomy, perturbation
 from MedXAILib.infills.choice import infill
 from MedXAILib.visual.perturbing import Perturbing
@@ -42,13 +41,13 @@ class Occlusion(Perturbing):
 
     def of_sample(self, question: Question) -> list[Attribution]:
         x = question.x
-        box, low = self._windows(question)
+        box, low = windows(x.shape[2:], question.seen[0].spacing, self.window, self.stride)
         totals, covered = [torch.zeros_like(x[:, :1]) for _ in question.targets], torch.zeros_like(x[:, :1])
 
         def take(start: int, masks: Masks, values: list[Tensor]) -> None:
             for total, of_sample, value in zip(totals, at_sample, values, strict=True):
-                _add(total, masks.low, box, of_sample - value)
-            _add(covered, masks.low, box, torch.ones(len(masks)))
+                add(total, masks.low, box, of_sample - value)
+            add(covered, masks.low, box, torch.ones(len(masks)))
             question.show(lambda: totals[0] / covered.clamp_min(1))
 
         with torch.no_grad():
@@ -56,39 +55,3 @@ class Occlusion(Perturbing):
         stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
         perturb(question, stream, infill(question, self.infill), take, self.title)
         return [Attribution(total / covered.clamp_min(1)) for total in totals]
-
-    def _windows(self, question: Question) -> tuple[tuple[int, ...], Tensor]:
-        """The window's size in voxels, and where the windows begin (M, rank), coarsely spread ones first."""
-        size, spacing = question.x.shape[2:], question.seen[0].spacing
-        auto = min(n * step for n, step in zip(size, spacing, strict=True)) / 6
-        window = voxels(self.window or (auto,), spacing)
-        window = tuple(min(w, n) for w, n in zip(window, size, strict=True))
-        stride = voxels(self.stride, spacing) if self.stride else window
-        counts = [-(-(n - w) // s) + 1 for n, w, s in zip(size, window, stride, strict=True)]
-        index = sorted(product(*map(range, counts)), key=lambda place: -min(_level(i) for i in place))
-        low = torch.tensor(index) * torch.tensor(stride)
-        # The last windows end where the scan does.
-        return window, low.minimum(torch.tensor(size) - torch.tensor(window))
-
-
-def voxels(mm: tuple[float, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
-    """Lengths in mm, one for each axis or for all, as voxels of a grid, at least one.
-
-    Raises:
-        MedXAIError: when there are neither one nor as many as axes.
-    """
-    if len(mm) not in (1, len(spacing)):
-        raise MedXAIError(f"{len(mm)} sizes for {len(spacing)} axes: give one, or one for each axis.")
-    each = mm * len(spacing) if len(mm) == 1 else mm
-    return tuple(max(1, round(m / step)) for m, step in zip(each, spacing, strict=True))
-
-
-def _level(index: int) -> int:
-    """How often an index can be halved: 0 most of all."""
-    return 32 if index == 0 else (index & -index).bit_length() - 1
-
-
-def _add(total: Tensor, low: Tensor, box: tuple[int, ...], values: Tensor) -> None:
-    """Add `values` (M,) to the boxes of `total` (1, 1, *spatial) that begin at `low` (M, rank)."""
-    for start, value in zip(low.tolist(), values.tolist(), strict=True):
-        total[0, 0][tuple(slice(a, a + b) for a, b in zip(start, box, strict=True))] += value

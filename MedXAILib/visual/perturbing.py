@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ class Perturbing(Explainer):
     """An explainer that asks about one sample at a time, with something else in the place of parts of it."""
 
     anytime: ClassVar[bool] = True
+    stitching: ClassVar[Literal["sum", "blend"] | None] = None
 
     infill: InfillChoice = "mean"
 

@@ -1,19 +1,21 @@
 """The panel that asks: which network, which scan, where, which answer, by which method."""
 
 import html
-import json
 
 import qt
 import slicer
 from slicer.i18n import tr as _
 
-from MedXAISlicerLib import asking, regions, settings
+from MedXAISlicerLib import asking, method_parameters, regions, results, settings
 from MedXAISlicerLib.panels.label_chooser import LabelChooser
 from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
 
 _FAMILIES = {"visual": _("Where"), "textual": _("In words"), "example-based": _("By example")}
+
+# The formats of parameters that say where: they are part of the question, and not of how it is answered.
+_WHERE = ("region", "mask")
 
 # A role that Qt itself reads the flags of an item from: 0 makes it a heading.
 _FLAGS = qt.Qt.UserRole - 1
@@ -34,6 +36,8 @@ class ExplainPanel(Panel):
         self._looked = self._observed = None
         self.form = ParameterForm(self._parameterChanged)
         self.ui.advancedCollapsibleButton.layout().addWidget(self.form.widget)
+        self.whereForm = ParameterForm(self._parameterChanged, self._roiAdded)
+        self.ui.whereWidget.layout().addWidget(self.whereForm.widget)
         self.ui.regionKindSelector.addItem(_("The whole scan"), "whole")
         self.ui.regionKindSelector.addItem(_("Around a point"), "point")
         self.ui.regionKindSelector.addItem(_("A region of interest"), "roi")
@@ -188,14 +192,25 @@ class ExplainPanel(Panel):
         self.ui.methodInfoLabel.text = _("Good: {strengths}").format(strengths=method["taxonomy"]["strengths"])
         self.ui.methodInfoLabel.toolTip = self.ui.methodSelector.toolTip = _described(method)
         layers = self.chooser.model["layers"] if self.chooser.model else ()
-        self.form.show(method["parameters"], self._changedParameters().get(method["id"], {}), layers)
+        changed = self._changedParameters()
+        where = [parameter for parameter in method["parameters"] if parameter["format"] in _WHERE]
+        self.form.show([p for p in method["parameters"] if p not in where], changed, layers)
+        self.whereForm.show(where, changed)
+        self.ui.whereWidget.visible = bool(where)
 
     def _changedParameters(self):
-        return json.loads(self.parameterNode.methodParameters)
+        return method_parameters.read(self.parameterNode, self.parameterNode.method)
 
     def _parameterChanged(self):
-        changed = {**self._changedParameters(), self.parameterNode.method: self.form.values()}
-        self.parameterNode.methodParameters = json.dumps(changed)
+        if self.parameterNode is None:
+            # The scene is being closed, and its regions with it.
+            return
+        problem = self.form.problem()
+        if not problem:
+            changed = {**self.form.values(), **self.whereForm.values()}
+            method_parameters.write(self.parameterNode, self.parameterNode.method, changed)
+        self._say(problem)
+        self._update()
 
     def _placePoint(self, _checked=False):
         """Let the person click the place in a slice view."""
@@ -247,7 +262,7 @@ class ExplainPanel(Panel):
             return _("Say where to look first, or choose the whole scan")
         if self._task() in (None, "segmentation") and self.labelChooser.lacks():
             return _("Choose the segment in which the label is explained, or explain it where it is predicted")
-        return ""
+        return self.form.problem() or self.whereForm.problem()
 
     def _update(self, *_event):
         chosen, busy = self.parameterNode, self.running is not None
@@ -267,28 +282,47 @@ class ExplainPanel(Panel):
             widget.visible = chosen.regionKind == kind
         ui.regionWidget.visible = chosen.regionKind != "whole"
         self.labelChooser.update(self._task() == "segmentation")
-        ui.explainButton.text = _("Cancel") if busy else _("Explain")
         ui.explainButton.enabled = busy or not lacking
-        ui.explainButton.toolTip = (
-            _("Stop; the scene stays as it is") if busy else lacking or _("Show what speaks for the answer")
-        )
         ui.predictButton.enabled = not busy and not lacking
+        if busy:
+            self._nameCancel(self.running)
+        else:
+            ui.explainButton.text = _("Explain")
+            ui.explainButton.toolTip = lacking or _("Show what speaks for the answer")
+
+    def _nameCancel(self, run):
+        """Say what the button does while something is asked."""
+        button = self.ui.explainButton
+        if run.canFinish:
+            button.text = _("Stop and keep the map")
+            button.toolTip = _(
+                "Stop now. The map stays as far as it is, marked as partial; you can delete it like any other."
+            )
+        else:
+            button.text = _("Discard") if run.stopping and not run.cancelled else _("Cancel")
+            button.toolTip = _("Stop at once; the scene stays as it is")
 
     def _predict(self, _checked=False):
         self._begin(asking.Predicting)
 
     def _explainOrCancel(self, _checked=False):
         if self.running is not None:
-            self.running.cancel()
-            self.ui.statusLabel.text = _("Stopping…")
+            if self.running.canFinish:
+                self.running.finish()
+                self._say(_("Finishing this step, to keep the map as far as it is…"))
+            else:
+                self.running.cancel()
+                self._say(_("Stopping…"))
+            self._nameCancel(self.running)
             return
         chosen = self.parameterNode
         self._begin(
             asking.Explaining,
             method=chosen.method,
             target=chosen.target or None,
-            parameters=self._changedParameters().get(chosen.method, {}),
+            parameters=self._changedParameters(),
             label=self.labelChooser.label(),
+            anytime=self.logic.methods[chosen.method]["anytime"],
         )
 
     def _begin(self, kind, **fields):
@@ -311,7 +345,9 @@ class ExplainPanel(Panel):
 
     def _changed(self, run):
         if not run.finished:
-            self._showProgress(run.progress)
+            if not run.stopping:
+                self._showProgress(run.progress)
+                self._nameCancel(run)
             return
         self.running = None
         self.ui.progressBar.visible = False
@@ -339,6 +375,8 @@ class ExplainPanel(Panel):
             self._fillTargets()
         else:
             self._onExplained(run.nodes)
+            if results.isPartial(run.nodes[0]):
+                self._say(_("Stopped early: the map is partial. What was not reached has no colour."))
 
     def _failed(self, run):
         from MedXAILib.errors import Untrusted

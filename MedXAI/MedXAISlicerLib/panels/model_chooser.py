@@ -67,6 +67,8 @@ class ModelChooser:
             return
         size = self.model["patch_size"]
         looks = _("patches of {size} voxels").format(size=" × ".join(map(str, size))) if size else _("any size of scan")
+        if size and self.model["window"]:
+            looks = _("{patches}, one after the other over a whole scan").format(patches=looks)
         self._label.text = _("{task} · {looks}").format(task=self.model["task"].capitalize(), looks=looks)
         self._onLoaded()
 
@@ -92,4 +94,5 @@ class ModelChooser:
 def forPerson(error):
     """An error as the panels say it: how to pass an argument is for programmers."""
     said = str(error).replace("pass trust=True only if you trust its maker", "let it run only if you trust its maker")
+    said = said.replace("say where with region=(x, y, z) in RAS mm", "say where to look, such as around a point")
     return said.replace("within='everywhere'", "explain it everywhere")

@@ -1,19 +1,25 @@
 """The parameters of a method as a form, built from what the worker says of them."""
 
+import math
+import re
+
 import qt
 from slicer.i18n import tr as _
+
+from MedXAISlicerLib.panels.region_chooser import RegionChooser
 
 # The parameters whose values are layers of the network.
 _LAYERS = ("layer", "layers")
 
 
 class ParameterForm:
-    """One row for each parameter; `values()` holds what differs from the defaults. `onChange()` follows every edit."""
+    """One row for each parameter; `values()` holds what differs from the defaults. `onChange()` follows every edit,
+    `onRegionAdded(node)` a new region of interest."""
 
-    def __init__(self, onChange):
+    def __init__(self, onChange, onRegionAdded=lambda node: None):
         self.widget = qt.QWidget()
         self._layout = qt.QFormLayout(self.widget)
-        self._onChange = onChange
+        self._onChange, self._onRegionAdded = onChange, onRegionAdded
         self._rows = {}
 
     def show(self, parameters, values, layers=()):
@@ -23,7 +29,7 @@ class ParameterForm:
             self._layout.removeRow(0)
         self._rows = {}
         for parameter in parameters:
-            make = getattr(self, f"_{parameter['type']}")
+            make = getattr(self, f"_{parameter['format'] or parameter['type']}")
             value = values.get(parameter["name"], parameter["default"])
             widget, read = make(parameter, value)
             widget.toolTip = parameter["help"]
@@ -37,6 +43,16 @@ class ParameterForm:
         """What the person changed, by name."""
         read = {name: (parameter, now()) for name, (parameter, now) in self._rows.items()}
         return {name: value for name, (parameter, value) in read.items() if value != parameter["default"]}
+
+    def problem(self):
+        """What is missing or cannot be meant, in words; empty when nothing. Masks may be left out, regions not."""
+        for parameter, read in self._rows.values():
+            name, value = _named(parameter["name"]), read()
+            if parameter["format"] == "numbers" and None in value:
+                return _("{name}: type a number, or several with commas between").format(name=name)
+            if parameter["format"] == "region" and not value:
+                return _("{name}: choose a region of interest or a segment first").format(name=name)
+        return ""
 
     def _bool(self, parameter, value):
         box = qt.QCheckBox()
@@ -89,12 +105,43 @@ class ParameterForm:
         line.connect("editingFinished()", self._changed)
         return line, lambda: [part.strip() for part in line.text.split(",") if part.strip()] or parameter["default"]
 
+    def _numbers(self, parameter, value):
+        line = qt.QLineEdit(_typed(value))
+        line.placeholderText = _typed(parameter["default"]) or _("as suits the scan")
+        line.connect("editingFinished()", self._changed)
+        return line, lambda: _numbersOf(line.text) or parameter["default"]
+
+    def _region(self, parameter, value):
+        # The name of a file, which scripts may give, is no node.
+        node = None if isinstance(value, str) else value
+        chooser = RegionChooser(node, self._changed, self._onRegionAdded, mask=parameter["format"] == "mask")
+        return chooser.widget, lambda: chooser.value() or parameter["default"]
+
+    _mask = _region
+
     def _changed(self, *_value):
         self._onChange()
 
 
 def _named(name):
     return name.replace("_", " ").capitalize()
+
+
+def _typed(numbers):
+    return ", ".join("" if number is None else f"{number:g}" for number in numbers or [])
+
+
+def _numbersOf(text):
+    """The numbers that were typed; None in the place of what is none."""
+    return [_numberOf(part) for part in re.split(r"[,;\s]+", text.strip()) if part]
+
+
+def _numberOf(text):
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _limit(given, otherwise):

@@ -68,6 +68,7 @@ class ResultPanel(Panel):
             self.node = None
             return
         self._fillHeadline()
+        self._fillNotes()
         self._fillDisplay()
         self._fillChannels()
         self._fillAnswers()
@@ -90,10 +91,25 @@ class ResultPanel(Panel):
         self.ui.headlineLabel.text = said.format(target=escape(made["target_label"]), scan=escape(scan))
         created = datetime.fromisoformat(made["created"]).astimezone()
         network = made["model"].get("name") or _("network without a name")
+        self.ui.headlineLabel.toolTip = ""
+        if results.isPartial(self.node):
+            self.ui.headlineLabel.text = _("<b>Partial:</b> {said}").format(said=self.ui.headlineLabel.text)
+            self.ui.headlineLabel.toolTip = _("It was stopped early: what was not reached has no colour.")
         self.ui.detailsLabel.text = f"{results.methodTitle(self.node)} · {network} · {created:%H:%M}"
         self.ui.detailsLabel.toolTip = _("Computed on {date} in {seconds:.1f} s").format(
             date=f"{created:%Y-%m-%d %H:%M}", seconds=made["seconds"]
         )
+
+    def _fillNotes(self):
+        notes = [escape(note) for note in results.provenance(self.node).get("notes", [])]
+        interval = results.part(self.node, "Interval")
+        if interval is not None:
+            from MedXAILib.report.interval import in_words
+
+            channels = results.part(self.node, "Channels") or self.node
+            notes.append(in_words(*(slicer.util.arrayFromVolume(node) for node in (channels, interval))))
+        self.ui.notesLabel.text = "<br>".join(filter(None, notes))
+        self.ui.notesLabel.visible = bool(self.ui.notesLabel.text)
 
     def _fillDisplay(self):
         self.ui.opacitySlider.value = display.currentOpacity()

@@ -11,15 +11,8 @@ from slicer.i18n import tr as _
 from MedXAISlicerLib import results
 from MedXAISlicerLib.panels.panel import Panel
 
-# What a residual below each limit is called, and its colour: readable on light and on dark.
-_LEVELS = (
-    (0.01, _("good"), "#2e9e5b"),
-    (0.05, _("fair"), "#d08a00"),
-    (float("inf"), _("poor"), "#d9483b"),
-)
-_THEORY = {
-    "completeness": _("the values of the map should add up to the network's answer; they miss it by {missed}"),
-}
+# What a residual is called, from the least to the greatest, and its colour: readable on light and on dark.
+_LEVELS = ((_("good"), "#2e9e5b"), (_("fair"), "#d08a00"), (_("poor"), "#d9483b"))
 
 
 class TrustPanel(Panel):
@@ -30,10 +23,6 @@ class TrustPanel(Panel):
 
     def __init__(self, logic):
         super().__init__(logic)
-        self.ui.theoryLabel.toolTip = _(
-            "By how much the explanation misses what theory demands of it: less than 1 % is good, less than 5 % fair, "
-            "more is poor. That it is good does not make the network right."
-        )
         self.ui.copyButton.connect("clicked(bool)", self._onCopy)
         self.show(None)
 
@@ -45,9 +34,11 @@ class TrustPanel(Panel):
         if node is None:
             return
         made = results.provenance(node)
-        self.ui.theoryLabel.text = _list(_checked(*one) for one in results.residual(node).items()) or _(
+        residual = results.residual(node)
+        self.ui.theoryLabel.text = _list(_checked(*one) for one in residual.items()) or _(
             "This explanation comes without a check against theory."
         )
+        self.ui.theoryLabel.toolTip = _paragraphs(map(_explained, residual))
         self.ui.notesLabel.text = _list(escape(note) for note in made.get("notes", [])) or _(
             "Nothing unusual: it was computed as asked."
         )
@@ -78,10 +69,26 @@ class TrustPanel(Panel):
 
 def _checked(name, value):
     """A residual as a light and a sentence."""
-    word, colour = next((word, colour) for limit, word, colour in _LEVELS if value < limit)
-    missed = f"{value:.1%}" if value >= 0.001 else _("less than 0.1%")
-    said = _THEORY[name].format(missed=missed) if name in _THEORY else f"{escape(name)}: {missed}"
-    return f'<span style="color: {colour}">● <b>{word}</b></span>: {said}'
+    from MedXAILib.report.residuals import residual
+
+    meant = residual(name)
+    word, colour = _LEVELS[sum(not value < limit for limit in (meant.good, meant.fair))]
+    return f'<span style="color: {colour}">● <b>{word}</b></span>: {escape(meant.sentence(value), quote=False)}'
+
+
+def _explained(name):
+    """What a residual means, and where its lights change."""
+    from MedXAILib.report.residuals import residual
+
+    meant = residual(name)
+    limits = _("Less than {good:.0%} is good, less than {fair:.0%} fair, more is poor.")
+    return f"{meant.help} {limits.format(good=meant.good, fair=meant.fair)}"
+
+
+def _paragraphs(lines):
+    """Lines as rich text, because Qt wraps no other tool tip."""
+    said = [*lines, _("That a check is good does not make the network right.")]
+    return "".join(f"<p>{escape(line)}</p>" for line in said)
 
 
 def _list(lines):
