@@ -302,7 +302,7 @@ def explain(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: lung-nodule or lung-nodule-segmentation.")],
+    name: Annotated[str, typer.Argument(help="What to train: lung-nodule, lung-nodule-segmentation or healthy-lung.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the bundle. \\[default: the name]", show_default=False)
     ] = None,

@@ -48,13 +48,19 @@ def evidence(explanation: SaliencyMap) -> Tensor:
     return explanation.data.sum(0).clamp_min(0)
 
 
+def highest(values: Tensor) -> tuple[int, ...]:
+    """The index of the highest of `values`; of several that are as high, as in a supervoxel, the one nearest to their
+    middle."""
+    top = (values == values.max()).nonzero()
+    return tuple(top[(top - top.double().mean(0)).square().sum(1).argmin()].tolist())
+
+
 def peak(explanation: SaliencyMap) -> tuple[float, ...]:
     """The point in RAS mm that speaks most for the target; where nothing does, that with the largest absolute value."""
     values = evidence(explanation)
     if not bool(values.any()):
         values = explanation.data.sum(0).abs()
-    index = np.unravel_index(int(values.argmax()), values.shape)
-    return tuple(float(v) for v in transform(explanation.affine, np.array(index)))
+    return tuple(float(v) for v in transform(explanation.affine, np.array(highest(values))))
 
 
 def centre(segmentation: Volume) -> tuple[float, ...]:
