@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import MedXAILib as mx
 from MedXAILib import resources
+from MedXAILib.supervoxels import grid
 
 CLASSES = 10
 Rows = Mapping[str, Mapping[str, Any]]
@@ -55,6 +57,18 @@ def _trained() -> mx.Model:
 def background(x: Tensor, count: int) -> Tensor:
     """`count` scans like `x` (1, 1, D, H, W) to compare it with, (count, 1, D, H, W): itself, shifted."""
     return torch.cat([x.roll(x.shape[2] * k // (count + 1), 2) for k in range(1, count + 1)])
+
+
+def windows(x: Tensor, window: int, stride: int, count: int | None = None) -> list[tuple[int, ...]]:
+    """Where the windows of a scan (1, 1, D, H, W) begin, the last at its end; or `count` of them, at random."""
+    axes = [[*range(0, n - window, stride), n - window] for n in x.shape[2:]]
+    found = list(product(*axes))
+    return found if count is None else random.Random(0).sample(found, count)
+
+
+def cubes(x: Tensor, size: int) -> Tensor:
+    """The number of the cube of `size` voxels that each voxel is in, as `x` (1, 1, D, H, W)."""
+    return torch.from_numpy(grid(x.shape[2:], (1.0, 1.0, 1.0), size))[None, None]
 
 
 class _Middle(nn.Module):
@@ -153,6 +167,7 @@ TITLES = {
     "zennit": "zennit",
     "shap": "shap",
     "lxt": "LXT",
+    "lime": "lime",
 }
 
 
@@ -193,6 +208,9 @@ class Case:
     """Relative L2 distance from the expected map up to which two maps are the same."""
     reference: Row | None = None
     """What the maps of all rows are compared with, where that is not MedXAI's; as good as MedXAI's is good enough."""
+    best: int = 0
+    """Of so many places where the expected map is highest: how many are among as many of the map? Places are voxels of
+    equal value, as windows leave them."""
     reps: int = 3
     processes: int = 1
     """Fresh processes, of which memory and first call are the median: any one may be 30 MB off (the allocator)."""
@@ -204,6 +222,10 @@ def _forwards(rows: Rows) -> float:
 
 def _times(name: str) -> Callable[[Rows], float]:
     return lambda rows: rows[name]["ratio"]
+
+
+def _quantity(quantity: str, name: str) -> Callable[[Rows], float]:
+    return lambda rows: rows[name][quantity]
 
 
 def _over(quantity: str, ours: str, other: str) -> Callable[[Rows], float]:
@@ -484,6 +506,165 @@ CASES |= {
         # LXT stabilises nothing that matters.
         tolerance=1e-2,
         reference=Row("medxai", "", {"epsilon": 0.0}),
+    ),
+}
+
+
+def _occlusion(network: str, batch: int, faster: float) -> Case:
+    """All packages at their defaults and at the `batch` that is best for this network, where it is not the default."""
+    place = {"window": 16, "stride": 16}
+    loop, peer = Row("pytorch", f"batch {batch}", place | {"batch": batch}), f"MONAI, n_batch={batch}"
+    return Case(
+        "Occlusion, 216 windows of 16 voxels",
+        "Occlusion",
+        (
+            Row("medxai", parameters=place),
+            loop,
+            Row("captum", parameters=place),
+            Row("captum", f"perturbations_per_eval={batch}", place | {"perturbations_per_eval": batch}),
+            Row("monai", "zeros, no activation", place),
+            Row("monai", f"n_batch={batch}", place | {"n_batch": batch}, "zeros, no activation"),
+        ),
+        (
+            Goal("MONAI's time over MedXAI's", _times(peer), "at least", faster),
+            Goal("MedXAI's peak memory over MONAI's", _over("peak_mb", "MedXAI, default", peer), "at most", 0.2),
+            *(
+                Goal(
+                    f"largest difference from {name}, in units of the score",
+                    _quantity("difference", name),
+                    "at most",
+                    1e-5,
+                )
+                for name in (peer, "captum, default", loop.name)
+            ),
+        ),
+        {network: 96},
+        reps=2,
+    )
+
+
+def _growth(size: int, faster: float) -> Case:
+    """All 3375 or 6859 windows would take the loop an hour: a random part of them stands for all, to which what MedXAI
+    does once for all windows is added in full."""
+    place = {"window": 16, "stride": 8, "count": 128}
+    loop = Row("pytorch", "batch 8", place | {"batch": 8})
+    return Case(
+        "Occlusion, 128 windows drawn from those every 8 voxels",
+        "SomeWindows",
+        (Row("medxai", "engine alone", place), loop),
+        (Goal("a batched loop's time over MedXAI's", _times(loop.name), "at least", faster),),
+        {"resnet18-medicalnet": size},
+        reps=2,
+    )
+
+
+_EVERY_8 = {"window": 16, "stride": 8}
+_IN_BATCHES = Row("pytorch", "batch 8", _EVERY_8 | {"batch": 8})
+_CUBES = {"size": 8}
+"""125 of them in the patch that the shipped network looks at."""
+_DRAWS = 994
+"""Scans asked by four orders of 125 supervoxels, walked both ways, and the two ends."""
+
+
+def _shapley(package: str, setting: str, estimator: str, note: str = "", **others: Any) -> Row:
+    return Row(package, setting, _CUBES | {"estimator": estimator, **others}, note)
+
+
+_KERNEL_SHAP = _shapley("captum", "KernelShap", "KernelShap", n_samples=_DRAWS)
+_PERMUTATIONS = _shapley("medxai", "permutation_shap", "permutation_shap", permutations=4)
+CASES |= {
+    "occlusion": _occlusion("resnet18-medicalnet", 8, 4.0),
+    "occlusion-densenet": _occlusion("densenet121", 4, 3.5),
+    "occlusion-growth-128": _growth(128, 6.0),
+    "occlusion-growth-160": _growth(160, 7.0),
+    "occlusion-top": Case(
+        "Occlusion, the ten best of 343 windows",
+        "Occlusion",
+        (
+            Row("medxai", "top=10", _EVERY_8 | {"top": 10}),
+            Row("medxai", "all windows", _EVERY_8),
+            _IN_BATCHES,
+        ),
+        (
+            Goal("a batched loop's time over MedXAI's", _times(_IN_BATCHES.name), "at least", 10.0),
+            Goal("how many of the ten best places MedXAI finds", _quantity("found", "MedXAI, top=10"), "at least", 10),
+        ),
+        {"resnet18-medicalnet": 64},
+        reference=replace(_IN_BATCHES, setting=""),
+        best=10,
+    ),
+    "shapley": Case(
+        f"Shapley values of 125 cubes, {_DRAWS} evaluations",
+        "Shapley",
+        (
+            _PERMUTATIONS,
+            _shapley("medxai", "kernel_shap", "kernel_shap", samples=_DRAWS),
+            _KERNEL_SHAP,
+            _shapley(
+                "captum",
+                "KernelShap, perturbations_per_eval=16",
+                "KernelShap",
+                n_samples=_DRAWS,
+                perturbations_per_eval=16,
+            ),
+            _shapley("captum", "ShapleyValueSampling", "ShapleyValueSampling", n_samples=_DRAWS // 125),
+            _shapley(
+                "captum",
+                "ShapleyValueSampling, perturbations_per_eval=16",
+                "ShapleyValueSampling",
+                n_samples=_DRAWS // 125,
+                perturbations_per_eval=16,
+            ),
+            _shapley("shap", "PermutationExplainer", "permutation", "takes 251 at a time", max_evals=_DRAWS + 10),
+            _shapley("shap", "KernelExplainer", "kernel", "keeps ten cubes", nsamples=_DRAWS),
+            _shapley("shap", "KernelExplainer, l1_reg=False", "kernel", nsamples=_DRAWS, l1_reg=False),
+        ),
+        (
+            Goal(
+                "MedXAI's error over that of captum's KernelShap",
+                _over("error", _PERMUTATIONS.name, _KERNEL_SHAP.name),
+                "at most",
+                0.5,
+            ),
+            Goal("time of captum's KernelShap over MedXAI's", _times(_KERNEL_SHAP.name), "at least", 2.5),
+        ),
+        {"lung-nodule": 40},
+        classes=(2,),
+        # All are estimates of the same; how far off each is, is what is compared.
+        tolerance=math.inf,
+        reference=_shapley("medxai", "", "permutation_shap", permutations=60, seed=1),
+    ),
+    "lime": Case(
+        "LIME of 125 cubes, 500 samples",
+        "LIME",
+        (
+            Row("medxai", parameters=_CUBES | {"samples": 500}),
+            Row("lime", parameters=_CUBES | {"num_samples": 500}),
+            Row(
+                "lime",
+                "hide_color=0",
+                _CUBES | {"num_samples": 500, "hide_color": 0},
+                "ridge penalty of 1",
+            ),
+            Row("captum", parameters=_CUBES | {"n_samples": 500}, note="lasso; weighs by how alike the voxels are"),
+            Row(
+                "captum",
+                "perturbations_per_eval=16",
+                _CUBES | {"n_samples": 500, "perturbations_per_eval": 16},
+                "lasso; weighs by how alike the voxels are",
+            ),
+            Row(
+                "captum",
+                "fit as MedXAI's, perturbations_per_eval=16",
+                _CUBES | {"n_samples": 500, "perturbations_per_eval": 16, "same_fit": True},
+            ),
+        ),
+        (),
+        {"lung-nodule": 40},
+        classes=(2,),
+        # As above.
+        tolerance=math.inf,
+        reference=Row("medxai", "", _CUBES | {"samples": 8000, "seed": 1}),
     ),
 }
 

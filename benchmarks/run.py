@@ -33,6 +33,7 @@ DISTRIBUTIONS = (
     "zennit",
     "shap",
     "lxt",
+    "lime",
 )
 
 app = typer.Typer(add_completion=False)
@@ -152,16 +153,25 @@ def _agreement(case: Case, row: Row, peer: Any, maps: dict[str, Tensor], right: 
     same_hands = row.package == "medxai" and case.reference is None
     expected = maps[ours] if same_hands else peer.expected(right, x.shape[2:])
     error = _distance(maps[row.name], expected)
+    found: dict[str, Any] = {"error": error, "difference": float((maps[row.name] - expected).abs().max())}
+    if case.best:
+        found["found"] = _found(maps[row.name], expected, case.best)
     allowed = max(case.tolerance, _distance(maps[ours], right)) if case.reference is not None else case.tolerance
     if error <= allowed:
-        return {"status": "same", "error": error}
-    return {"status": "different work", "error": error, "reason": f"{error:.2g} from the map it should give"}
+        return {"status": "same", **found}
+    return {"status": "different work", **found, "reason": f"{error:.2g} from the map it should give"}
 
 
 def _distance(found: Tensor, right: Tensor) -> float:
     """Relative L2 distance."""
     found, right = found.reshape(right.shape).double(), right.double()
     return float((found - right).norm() / right.norm())
+
+
+def _found(found: Tensor, right: Tensor, best: int) -> int:
+    """How many of the `best` places of the `right` map are among the best of the map that was found."""
+    least = found.unique()[-best:][0]
+    return sum(bool((found[right == value] >= least).all()) for value in right.unique()[-best:])
 
 
 def _in_fresh_processes(count: int, name: str, row: Row, model: str, size: int, threads: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _row(row: dict[str, Any]) -> str:
     memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
     first = "" if row["first_forwards"] is None else f"{row['first_forwards']:.2f}"
     spread = f"{row['forwards']:.2f} ({low:.2f}–{high:.2f})"
-    cells = [row["name"], spread, ratio, memory, first, f"{row['wall_seconds']:.2f}", f"{row['error']:.1g}", said]
+    cells = [row["name"], spread, ratio, memory, first, f"{row['wall_seconds']:.2f}", f"{row['error']:.2g}", said]
     return f"| {' | '.join(cells)} |"
 
 
@@ -68,4 +68,5 @@ def _goal(goal: dict[str, Any]) -> str:
     asked = f"goal {goal['sense']} {goal['limit']:g}"
     if goal["value"] is None:
         return f"- {goal['text']}: not comparable, {asked}."
-    return f"- {goal['text']}: {goal['value']:.2f}, {asked}: {'**missed**' if goal['missed_by'] else 'kept'}."
+    value = f"{goal['value']:.2f}" if goal["value"] >= 0.01 else f"{goal['value']:.1g}"
+    return f"- {goal['text']}: {value}, {asked}: {'**missed**' if goal['missed_by'] else 'kept'}."

@@ -7,9 +7,10 @@ from typing import Any
 
 import captum.attr
 import torch
+from captum._utils.models.linear_model import SkLearnLinearRegression
 from torch import Tensor, nn
 
-from benchmarks.cases import background
+from benchmarks.cases import background, cubes
 from benchmarks.peers import Peer
 from benchmarks.peers.monai import stretched
 
@@ -96,3 +97,46 @@ class GradientSHAP(Peer):
             among = background(x, self.count)
             total += explainer.attribute(x.clone(), among, n_samples=self.samples, target=self.classes[0]).detach()
         return total / self.calls
+
+
+class Occlusion(Peer):
+    """Occlusion with zero; `setting` as captum calls it."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, **setting: Any
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.setting = {"sliding_window_shapes": (1, *[window] * 3), "strides": (1, *[stride] * 3), **setting}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return captum.attr.Occlusion(self.network).attribute(x, target=self.classes[0], **self.setting)
+
+
+class Shapley(Peer):
+    """Shapley values of cubes of `size` voxels by `estimator`, from a baseline of zero; the same draws each time."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], size: int, estimator: str, **setting: Any
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.explainer, self.size, self.setting = getattr(captum.attr, estimator)(network), size, setting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        found = self.explainer.attribute(x, target=self.classes[0], feature_mask=cubes(x, self.size), **self.setting)
+        return found.detach()
+
+
+class LIME(Shapley):
+    """Lime as it comes, or with the `same_fit` as MedXAI: least squares, and weights by how many cubes are kept."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], size: int, same_fit: bool = False, **setting: Any
+    ) -> None:
+        super().__init__(network, layer, classes, size, "Lime", **setting)
+        if same_fit:
+            self.explainer = captum.attr.Lime(network, SkLearnLinearRegression(), _likeness)
+
+
+def _likeness(_scan: Tensor, _changed: Tensor, kept: Tensor, **_: Any) -> Tensor:
+    return torch.exp(-0.5 * ((1 - kept.float().mean().sqrt()) / 0.25).square())

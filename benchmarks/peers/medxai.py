@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from benchmarks.cases import background
+from benchmarks.cases import background, windows
 from benchmarks.peers import Peer
 from MedXAILib import registry
 from MedXAILib.engines.capture import Captured
+from MedXAILib.engines.masks import Masks, Stream
+from MedXAILib.engines.perturbation import perturb
 from MedXAILib.explainer import Question
+from MedXAILib.infills.fixed import Fixed
 
 
 class Explain(Peer):
@@ -29,6 +32,11 @@ class Explain(Peer):
     def __call__(self, x: Tensor) -> Tensor:
         maps = mx.explain(self.model, x, self.method, target=self.classes, **self.parameters)
         return torch.cat([m.data for m in maps])
+
+    def question(self, x: Tensor) -> Question:
+        """What an engine is asked, without what `mx.explain` does around it."""
+        seen = [self.model.prepare(mx.Volume(x[0], torch.eye(4).numpy()))]
+        return Question(self.model, x, seen, [mx.ClassTarget(c) for c in self.classes])
 
 
 class Gradient(Explain):
@@ -48,9 +56,7 @@ class GradCAM(Explain):
     def at_layer(self, x: Tensor) -> Tensor:
         """The maps at the layer's own resolution, before they are brought to where its units look."""
         with self.model.ready(), patch.object(Captured, "place", lambda _self, maps: maps):
-            seen = [self.model.prepare(mx.Volume(x[0], torch.eye(4).numpy()))]
-            question = Question(self.model, x, seen, [mx.ClassTarget(c) for c in self.classes])
-            found = registry.make(self.method, {"layers": (self.layer,)}).attribute(question)
+            found = registry.make(self.method, {"layers": (self.layer,)}).attribute(self.question(x))
         return torch.cat([attribution.values.detach() for attribution in found])
 
 
@@ -93,3 +99,68 @@ class DeepSHAP(Against):
 
 class GradientSHAP(Against):
     method = "gradient_shap"
+
+
+class Occlusion(Explain):
+    """Windows filled with zero; `window` and `stride` in voxels, which are mm here."""
+
+    method = "occlusion"
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, **parameters: Any
+    ) -> None:
+        size = {"window": (window,), "stride": (stride,)}
+        super().__init__(network, layer, classes, infill="zero", **size, **parameters)
+
+
+class SomeWindows(Explain):
+    """What the engine of `occlusion` says of `count` of all windows, with everything it prepares for them."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, count: int
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.window, self.stride, self.count = window, stride, count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low, box = torch.tensor(windows(x, self.window, self.stride, self.count)), (self.window,) * 3
+        found: list[Tensor] = []
+
+        def take(_start: int, _masks: Masks, values: list[Tensor]) -> None:
+            found.append(values[0])
+
+        with self.model.ready():
+            question = self.question(x)
+            stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
+            at_sample, _ = perturb(question, stream, Fixed(question, torch.zeros_like(x)), take, "occlusion")
+        return (at_sample[0] - torch.cat(found))[None, None]
+
+
+class _Cubes(Explain):
+    """A method whose supervoxels are cubes of `size` voxels, filled with zero; seed `seed`."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], size: int, seed: int = 0, **parameters: Any
+    ) -> None:
+        cubes = {"supervoxels": "grid", "size_mm": size, "infill": "zero"}
+        super().__init__(network, layer, classes, **cubes, **parameters)
+        self.seed = seed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        run = mx.Run(seed=self.seed)
+        maps = mx.explain(self.model, x, self.method, target=self.classes, run=run, **self.parameters)
+        return torch.cat([m.data for m in maps])
+
+
+class Shapley(_Cubes):
+    """Shapley values by `estimator`."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], size: int, estimator: str, **parameters: Any
+    ) -> None:
+        super().__init__(network, layer, classes, size, **parameters)
+        self.method = estimator
+
+
+class LIME(_Cubes):
+    method = "lime"

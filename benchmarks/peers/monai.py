@@ -54,3 +54,22 @@ class GuidedBackprop(Peer):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.explainer(x.clone(), index=self.classes[0])
+
+
+class Occlusion(Peer):
+    """OcclusionSensitivity with windows of zeros side by side, and scores as they are: its own sigmoid or softmax goes
+    by the channels of the scan, not by the classes, and zero must be a float. It says what is left of the score, so one
+    forward more tells what is lost."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, **setting: Any
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.explainer = monai.visualize.OcclusionSensitivity(
+            network, window, mode=0.0, overlap=1 - stride / window, activate=False, verbose=False, **setting
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            score = self.network(x)[0, self.classes[0]]
+        return score - self.explainer(x)[0][:, self.classes]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import shap
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import background
+from benchmarks.cases import background, cubes
 from benchmarks.peers import Peer
 
 
@@ -60,3 +61,35 @@ class GradientSHAP(Peer):
     def __call__(self, x: Tensor) -> Tensor:
         explainer = shap.GradientExplainer(self.network, background(x, self.count), **self.setting)
         return torch.from_numpy(explainer.shap_values(x.clone(), nsamples=self.samples)[..., 0]).float()
+
+
+class Shapley(Peer):
+    """PermutationExplainer or KernelExplainer over which cubes of `size` voxels are kept, the others being zero: 16
+    scans at a time, the same draws each time. `setting` as shap calls it."""
+
+    def __init__(
+        self, network: nn.Module, layer: str, classes: Sequence[int], size: int, estimator: str, **setting: Any
+    ) -> None:
+        super().__init__(network, layer, classes)
+        self.size, self.estimator, self.setting = size, estimator, setting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        labels = cubes(x, self.size)[0, 0]
+        count = int(labels.max()) + 1
+        none, every = np.zeros((1, count)), np.ones((1, count))
+
+        def scores(kept: np.ndarray) -> np.ndarray:
+            found = []
+            with torch.inference_mode():
+                for some in torch.from_numpy(np.asarray(kept)).float().split(16):
+                    found.append(self.network(x * some[:, labels][:, None])[:, self.classes[0]])
+            return torch.cat(found).numpy()
+
+        # shap draws from this one.
+        np.random.seed(0)  # noqa: NPY002
+        if self.estimator == "kernel":
+            values = shap.KernelExplainer(scores, none).shap_values(every, silent=True, **self.setting)
+        else:
+            explainer = shap.PermutationExplainer(scores, shap.maskers.Independent(none), seed=0)
+            values = explainer(every, silent=True, **self.setting).values
+        return torch.from_numpy(values[0]).float()[labels][None, None]
