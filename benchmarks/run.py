@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks import measure, peers, table
 from benchmarks.cases import CASES, NETWORKS, Case, Row, network
 
-RESULTS = Path(__file__).parent / "results"
 SMALL = (("gradcam", "resnet18-medicalnet", 64), ("gradient", "densenet121", 64))
 """What continuous integration can afford. A goal counts there when it is missed by more than SLACK."""
 SLACK = 0.3
@@ -50,7 +49,7 @@ def main(
     small: Annotated[bool, typer.Option(help="a few minutes; fails when a goal is far off; keeps nothing")] = False,
     results: Annotated[
         Path, typer.Option(help="where to keep what was measured; the page is of the default")
-    ] = RESULTS,
+    ] = table.RESULTS,
 ) -> None:
     """Measure MedXAI and its peers on the same work, in one process."""
     full = [(c, m, s) for c, known in CASES.items() for m, s in known.sizes.items()]
@@ -65,8 +64,8 @@ def main(
             (results / f"{name}-{of}-{side}.json").write_text(text, encoding="utf-8")
     if small:
         raise typer.Exit(int(far_off))
-    if results == RESULTS:
-        table.write(results)
+    if results == table.RESULTS:
+        table.write()
 
 
 def run(name: str, model: str, size: int, threads: int, reps: int | None, processes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md out of the results."""
+"""docs/benchmarks.md out of the results and curves: python -m benchmarks.table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
+CURVES = RESULTS / "curves"
 
 INTRODUCTION = """# Benchmarks
 
@@ -22,11 +24,26 @@ MedXAI beside the packages that a person would otherwise use, on the same networ
 """
 
 
-def write(results: Path) -> None:
-    """Write the page from all of `results`."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))]
+def write() -> None:
+    """Write the page from all results and curves."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
+    parts = [INTRODUCTION, *(section(result) for result in found)]
+    curves = sorted(CURVES.glob("*.csv"))
+    if curves:
+        parts += ["## How costs grow\n", *(_curve(path) for path in curves)]
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join([INTRODUCTION, *(section(result) for result in found)]), encoding="utf-8")
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def figure(name: str) -> Path:
+    """Where the figure of a curve is."""
+    return PAGE.parent / "images" / f"curve-{name}.svg"
+
+
+def _curve(path: Path) -> str:
+    """A curve, whose file begins with a line that says what it is of."""
+    caption = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return f"![{path.stem}]({figure(path.stem).relative_to(PAGE.parent)})\n\n{caption}\n"
 
 
 def section(result: dict[str, Any]) -> str:
@@ -70,3 +87,7 @@ def _goal(goal: dict[str, Any]) -> str:
         return f"- {goal['text']}: not comparable, {asked}."
     value = f"{goal['value']:.2f}" if goal["value"] >= 0.01 else f"{goal['value']:.1g}"
     return f"- {goal['text']}: {value}, {asked}: {'**missed**' if goal['missed_by'] else 'kept'}."
+
+
+if __name__ == "__main__":
+    write()
