@@ -113,8 +113,8 @@ CURVES = {
     ),
     "shapley-supervoxels": Curve(
         f"Evaluations that Permutation SHAP takes to a standard error of {ERROR:.0%} of the map (relative L2 norm) for "
-        f"the shipped lung nodule network, from the spread of {ORDERS} orders. An odd number per side leaves one in the "
-        "middle of the nodule, an even number parts the nodule among eight.",
+        f"the shipped lung nodule network, from the spread of {ORDERS} orders. An odd number per side leaves one in "
+        "the middle of the nodule, an even number parts the nodule among eight.",
         "supervoxels per side",
         "evaluations",
         (3, 4, 5, 6, 7),
