@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import MedXAILib as mx
 from MedXAILib import registry
 from MedXAILib.engines.decompositions import DECOMPOSED
-from MedXAILib.engines.rules import Composite, Interception, intercepting
+from MedXAILib.engines.rules import Composite, Interception
+from MedXAILib.engines.seeing import intercepting
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Question
 from MedXAILib.model import Prepared

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 
-def cut(volume: Tensor, low: Tensor, box: Sequence[int], outside: float = 0.0) -> Tensor:
+def cut(volume: Tensor, low: Tensor, box: Sequence[int], outside: float = 0.0, into: Tensor | None = None) -> Tensor:
     """Boxes (M, C, *box) of `volume` (1 or M, C, *spatial), each from its `low` (M, rank); `outside` is what there is
-    beyond the border."""
-    out = volume.new_empty(len(low), volume.shape[1], *box)
+    beyond the border. They are written `into` a tensor, if there is one."""
+    out = volume.new_empty(len(low), volume.shape[1], *box) if into is None else into
     if volume.device.type == "cpu":
         for m, start in enumerate(low.tolist()):
             source = volume[m if len(volume) > 1 else 0]
@@ -25,7 +25,7 @@ def cut(volume: Tensor, low: Tensor, box: Sequence[int], outside: float = 0.0) -
             out[m][(slice(None), *here)] = source[(slice(None), *there)]
         return out
     found, inside = _gathered(volume, low, box)
-    return torch.where(inside, found, outside)
+    return out.copy_(torch.where(inside, found, outside))
 
 
 def put(into: Tensor, at: Tensor, patches: Tensor, low: Tensor) -> None:

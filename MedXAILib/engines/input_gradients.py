@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from MedXAILib.engines.checkpointing import Kept, checkpointed
-from MedXAILib.engines.rules import Unseen, ran
+from MedXAILib.engines.rules import ran
+from MedXAILib.engines.seeing import Unseen
 from MedXAILib.explainer import Question
 from MedXAILib.rules.gradient import GRADIENT
 

@@ -80,7 +80,7 @@ def operator(func: Any) -> tuple[str, bool]:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         attribute = func.__self__.__name__
-        return (attribute if attribute in MEMBERS[MOVE] else "size"), False
+        return ("detach" if attribute == "data" else attribute if attribute in MEMBERS[MOVE] else "size"), False
     inplace = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if re.fullmatch(r"__i(add|sub|mul|div|truediv|matmul|pow)__", name):
         name, inplace = name[3:], True

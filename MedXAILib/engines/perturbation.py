@@ -14,6 +14,9 @@ from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.explainer import Question
 from MedXAILib.infills.infill import Infill
 
+# For fewer masks it is not worth looking for a cheaper way to ask.
+_MANY = 16
+
 Take = Callable[[int, Masks, list[Tensor]], None]
 """Takes the number of the first of M masks, the masks, and each target's value (M,) under them."""
 
@@ -48,14 +51,16 @@ class Plain(Evaluator):
         return self.question.values(whole)
 
 
-def evaluator(question: Question, box: Sequence[int], count: int) -> Evaluator:
-    """The cheapest way to ask about `count` boxes of the size `box`."""
+def evaluator(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Evaluator:
+    """The cheapest way to ask about the masks of a `stream`, of which `patches` are made."""
     from MedXAILib.engines.by_window import ByWindow
+    from MedXAILib.engines.incremental import incremental
     from MedXAILib.engines.whole_scan import WholeScan
 
     if isinstance(question, WholeScan):
-        return ByWindow(question, box)
-    return Plain(question)
+        return ByWindow(question, stream.box)
+    local = stream.box != tuple(question.x.shape[2:]) and stream.count >= _MANY
+    return (incremental(question, stream, patches) if local else None) or Plain(question)
 
 
 def changed(x: Tensor, masks: Masks, infill: Infill, draws: Sequence[int]) -> Tensor:
@@ -69,12 +74,15 @@ def perturb(question: Question, stream: Stream, infill: Infill, take: Take, mess
     Returns each target's value (1,) of the sample as it is, and how many masks were asked.
     """
     with torch.no_grad():
-        asked = evaluator(question, stream.box, stream.count)
+
+        def patches(masks: Masks, draws: range) -> Tensor:
+            return changed(question.x, masks, infill, draws)
+
+        asked = evaluator(question, stream, patches)
 
         def work(start: int, stop: int) -> None:
             masks = stream.make(start, stop)
-            patches = changed(question.x, masks, infill, range(start, stop))
-            take(start, masks, asked.values(patches, masks.low))
+            take(start, masks, asked.values(patches(masks, range(start, stop)), masks.low))
 
         done = question.run.chunks(stream.count, asked.size).map(work, message, anytime=True)
     return asked.at_sample, done

@@ -95,7 +95,7 @@ class Following(TorchFunctionMode):
         before = [(geometry_of(t), tuple(t.shape)) for t in given]
         result = func(*args, **kwargs)
         if before and isinstance(result, Tensor) and result.ndim == self.rank + 2:
-            found = _geometry(func, before, args, kwargs, tuple(result.shape[2:]))
+            found = geometry_after(func, before, args, kwargs, tuple(result.shape[2:]))
             if found is not None:
                 _mark(result, found)
                 size = tuple(result.shape[2:])
@@ -113,7 +113,7 @@ def _mark(tensor: Tensor, geometry: Geometry) -> Tensor:
     return tensor
 
 
-def _geometry(func: Any, before: Any, args: Any, kwargs: Any, size: tuple[int, ...]) -> Geometry | None:
+def geometry_after(func: Any, before: Any, args: Any, kwargs: Any, size: tuple[int, ...]) -> Geometry | None:
     """The geometry of what `func` made, a grid of `size`, from inputs whose (geometry, shape) were `before`."""
     name, _ = operator(func)
     source, shape = before[0]

@@ -1,9 +1,8 @@
 """What operators send back: one mechanism for deconvolution, guided backpropagation, LRP, attention and DeepLIFT.
 
-While the forward runs once, every operator that PyTorch is asked for is seen (`torch.overrides`), and its result is
-replaced by the same values with another way back. No hook, no surgery on modules: functional calls, activations used
-twice or in place, skips, concatenations and shared weights are what they are. A rule says the way back as a forward
-expression, from two pieces: `send` (these values, but what comes back goes there, scaled) and plain autograd.
+While the forward runs once, every operator is seen (`seeing`), and its result is replaced by the same values with
+another way back. A rule says that as a forward expression, from two pieces: `send` (these values, but what comes back
+goes there, scaled) and plain autograd.
 
 What comes back to a tensor is a multiplier m. Relevance is m * x (LRP) or m * (x - x') (DeepLIFT); where values are
 added, moved, averaged or interpolated, multipliers go back as gradients do, which is why most operators need no rule.
@@ -13,17 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from MedXAILib.engines.checkpointing import checkpointed
@@ -41,14 +37,12 @@ from MedXAILib.engines.operators import (
     Affine,
     Normalisation,
     family,
-    operator,
-    out_of_place,
     replaced,
     tensors,
 )
+from MedXAILib.engines.seeing import OUT_OF_SIGHT, Seeing, Unseen, intercepting, known, mark
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
-from MedXAILib.model import Model
 
 # Values between 0 and 1 that say how much of something counts.
 _GATES = frozenset({"sigmoid", "hardsigmoid", "softmax"})
@@ -229,70 +223,41 @@ def send(value: Tensor, *ways: Way, call: Call) -> Tensor:
 
 def trace(tensor: Tensor) -> Trace | None:
     """What is known of `tensor`; None when it does not depend on the input."""
-    return getattr(tensor, "_medxai", None)
-
-
-def mark(tensor: Tensor, known: Trace) -> Tensor:
-    """`tensor`, known from now on to depend on the input."""
-    tensor._medxai = known  # type: ignore[attr-defined]
-    return tensor
-
-
-_OUT_OF_SIGHT = (
-    "A part of this network cannot be looked into (TorchScript, torch.compile, C++ or an operator of its own: {}): use "
-    "gradient or integrated_gradients."
-)
-
-
-class Unseen(MedXAIError):
-    """A part of the network is out of sight, so that no rule can be applied there."""
+    found: Trace | None = known(tensor)
+    return found
 
 
 Record = list[tuple[str, tuple[Tensor, ...]]]
 """What operators were given in a forward, in their order, for another to be compared with."""
 
 
-class Interception(TorchFunctionMode):
-    """While this is on, operators send back what `composite` says.
-
-    Work in place becomes work on a copy that takes the original's name.
-    """
+class Interception(Seeing):
+    """While this is on, operators send back what `composite` says."""
 
     def __init__(self, composite: Composite, record: Record | None = None) -> None:
         super().__init__()
         self.composite, self.record = composite, record
         self.book = Book()
         self._compared = 0
-        self._stand_ins = WeakTensorKeyDictionary()
         self._ways = WeakTensorKeyDictionary()
-        self._stale: dict[int, StorageWeakRef] = {}
 
     def start(self, x: Tensor) -> Tensor:
         """`x` (N, C, *spatial) as the input to follow from here on."""
         return mark(x.detach().requires_grad_(), Trace(raw=True))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, inplace = operator(func)
-        target = next(tensors(args), None)
-        args, kwargs = replaced((args, kwargs or {}), self._current)
-        if name in _LIKE:
-            args = args[:1] + replaced(args[1:], _untraced)
+    def concerns(self, name: str, args: Any, kwargs: Any) -> bool:
+        args = args[:1] if name in _LIKE else args
         # Every tensor has to be looked at.
         given = [t for t in tensors((args, kwargs)) if self._follows(t)]
-        if name in SILENT or not given:
-            return func(*args, **kwargs)
-        func, args, kwargs, inplace = out_of_place(func, name, args, kwargs, inplace)
+        return bool(given) and name not in SILENT
+
+    def seen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if name in _LIKE:
+            args = args[:1] + replaced(args[1:], _untraced)
         if name in DECOMPOSED:
             with self:
-                result = DECOMPOSED[name](*args, **kwargs)
-        else:
-            result = self._sent(name, func, args, kwargs)
-        if inplace and target is not None and result is not target:
-            self._stand_ins[target] = result
-            storage = target.untyped_storage()
-            if storage.data_ptr() != result.untyped_storage().data_ptr():
-                self._stale[storage.data_ptr()] = StorageWeakRef(storage)
-        return result
+                return DECOMPOSED[name](*args, **kwargs)
+        return self._sent(name, func, args, kwargs)
 
     def _sent(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name == "batch_norm" and self.composite.merges and (merged := self._merged(args, kwargs)) is not None:
@@ -370,25 +335,11 @@ class Interception(TorchFunctionMode):
     def _counted(self, tensor: Tensor) -> Tensor:
         return self.book.constant(tensor) if tensor.is_floating_point() and trace(tensor) is None else tensor
 
-    def _current(self, tensor: Tensor) -> Tensor:
-        """What stands for `tensor` since it was worked on in place."""
-        while tensor in self._stand_ins:
-            tensor = self._stand_ins[tensor]
-        if self._stale:
-            storage = tensor.untyped_storage()
-            old = self._stale.get(storage.data_ptr())
-            if old is not None and not old.expired():
-                raise Unseen(
-                    "This network changes a tensor in place and then uses another view of it, which cannot be "
-                    "followed: set inplace=False in its activations, or use gradient or integrated_gradients."
-                )
-        return tensor
-
     def _follows(self, tensor: Tensor) -> bool:
         """Whether `tensor` depends on the input."""
         if trace(tensor) is None and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
             if not tensor.is_leaf:
-                raise Unseen(_OUT_OF_SIGHT.format(type(tensor.grad_fn).__name__))
+                raise Unseen(OUT_OF_SIGHT.format(type(tensor.grad_fn).__name__))
             mark(tensor, Trace())
         return trace(tensor) is not None
 
@@ -405,15 +356,6 @@ class Interception(TorchFunctionMode):
             raise MedXAIError(_ANOTHER_WAY)
         self._compared += 1
         return others
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Inside, operators are intercepted."""
-        # A network's own checkpoints would run again in the backward, where nothing is intercepted; and the operators
-        # in a function of its own are none that its backward goes by.
-        at_once = patch.object(torch.utils.checkpoint, "checkpoint", _at_once)
-        with at_once, patch.object(torch.autograd.Function, "apply", classmethod(_refused)), self:
-            yield
 
     def again(self) -> AbstractContextManager[object]:
         """Inside what this returns, a part of the forward that begins now can be computed once more."""
@@ -457,34 +399,6 @@ class Recording(Interception):
         return call.value()
 
 
-@contextmanager
-def intercepting(model: Model, mode: Interception) -> Iterator[Interception]:
-    """`mode`, on, for forwards of `model`.
-
-    Raises:
-        Unseen: when a part of the network cannot be looked into.
-    """
-    for name, module in model.network.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
-            what = f"Layer '{name}'" if name else model.name
-            how = "TorchScript" if isinstance(module, torch.jit.ScriptModule) else "compiled"
-            raise Unseen(
-                f"{what} is {how}, and operators inside it cannot be seen: give the network as Python code or a MONAI "
-                "bundle, or use gradient or integrated_gradients."
-            )
-    with mode.on():
-        yield mode
-
-
-_apply: Any = torch.autograd.Function.apply
-
-
-def _refused(function: Any, *args: Any, **kwargs: Any) -> Any:
-    if function.__module__.partition(".")[0] != "MedXAILib" and any(trace(t) is not None for t in tensors(args)):
-        raise Unseen(_OUT_OF_SIGHT.format(function.__name__))
-    return _apply.__func__(function, *args, **kwargs)
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -500,11 +414,6 @@ def _alias(tensor: Tensor) -> Tensor:
 
 def _untraced(tensor: Tensor) -> Tensor:
     return tensor.detach()
-
-
-def _at_once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    known = ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state")
-    return function(*args, **{k: v for k, v in options.items() if k not in known})
 
 
 def _kind(call: Call) -> str:

@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.capture import capture
-from MedXAILib.engines.rules import Composite, Interception, came_back, intercepting, multipliers
+from MedXAILib.engines.rules import Composite, Interception, came_back, multipliers
+from MedXAILib.engines.seeing import intercepting
 from MedXAILib.explainer import Attribution, Question, Taxonomy, backpropagation
 from MedXAILib.rules import lrp
 from MedXAILib.visual.cam_family import spatial
