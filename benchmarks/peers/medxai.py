@@ -130,7 +130,7 @@ class SomeWindows(Explain):
             found.append(values[0])
 
         with self.model.ready():
-            question = self.question(x)
+            (question,) = self.question(x).alone()
             stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
             at_sample, _ = perturb(question, stream, Fixed(question, torch.zeros_like(x)), take, "occlusion")
         return (at_sample[0] - torch.cat(found))[None, None]
