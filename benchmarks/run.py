@@ -45,7 +45,7 @@ def main(
     size: Annotated[int, typer.Option(help="side of the volume, in voxels")] = 96,
     threads: Annotated[int, typer.Option(help="of PyTorch; processor time compares only at 1")] = 1,
     reps: Annotated[int | None, typer.Option(help="repetitions, after one that does not count")] = None,
-    every: Annotated[bool, typer.Option("--all", help="every case on every network it is for: half an hour")] = False,
+    every: Annotated[bool, typer.Option("--all", help="every case on every network it is for: four hours")] = False,
     small: Annotated[bool, typer.Option(help="a few minutes; fails when a goal is far off; keeps nothing")] = False,
     results: Annotated[
         Path, typer.Option(help="where to keep what was measured; the page is of the default")
