@@ -514,6 +514,10 @@ def _occlusion(network: str, batch: int, faster: float) -> Case:
     """All packages at their defaults and at the `batch` that is best for this network, where it is not the default."""
     place = {"window": 16, "stride": 16}
     loop, peer = Row("pytorch", f"batch {batch}", place | {"batch": batch}), f"MONAI, n_batch={batch}"
+
+    def quickest(rows: Rows) -> float:
+        return min(rows[name]["ratio"] for name in (peer, "MONAI, zeros, no activation"))
+
     return Case(
         "Occlusion, 216 windows of 16 voxels",
         "Occlusion",
@@ -526,7 +530,7 @@ def _occlusion(network: str, batch: int, faster: float) -> Case:
             Row("monai", f"n_batch={batch}", place | {"n_batch": batch}, "zeros, no activation"),
         ),
         (
-            Goal("MONAI's time over MedXAI's", _times(peer), "at least", faster),
+            Goal("MONAI's best time over MedXAI's", quickest, "at least", faster),
             Goal("MedXAI's peak memory over MONAI's", _over("peak_mb", "MedXAI, default", peer), "at most", 0.2),
             *(
                 Goal(
