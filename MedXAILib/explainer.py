@@ -75,9 +75,19 @@ class Question:
     """The parts of the network that are computed again in a backward, because not even one version fits."""
     look: Callable[[Tensor], object] | None = None
     """Takes the first target's map (N, C or 1, *spatial) as it is so far; None when nobody looks on."""
+    _at_samples: dict[str | None, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+    """What the network says of the samples, by the precision it computes in."""
 
     def values(self, x: Tensor) -> list[Tensor]:
         """Each target's value (M,) for `x` (M, C, *spatial), from one forward. M is N or repeats of the N samples."""
+        if x is not self.x or torch.is_grad_enabled():
+            return self._values(x)
+        precision = self.model._precision
+        if precision not in self._at_samples:
+            self._at_samples[precision] = self._values(x)
+        return self._at_samples[precision]
+
+    def _values(self, x: Tensor) -> list[Tensor]:
         if not self.bound and not torch.equal(x[: len(self.x)], self.x):
             # What is predicted, and where, is a matter of the sample itself and not of a changed one.
             with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -49,18 +50,24 @@ class Supervoxels:
     def _with_rest(absent: Tensor, like: Tensor) -> Tensor:
         return functional.pad(absent.to(like), (0, 1))
 
-    def boxes(self) -> tuple[tuple[int, ...], Tensor]:
-        """The size of a box that any of them fits into, and where each one's begins, (count, rank) on the CPU."""
-        low, high = [], []
+    def boxes(self, which: Tensor | None = None) -> tuple[tuple[int, ...], Tensor]:
+        """The size of a box that any of them fits into, or any of some (M,), and where each one's begins, (M, rank) on
+        the CPU."""
+        first, last = self._extents if which is None else (side[which] for side in self._extents)
+        box = (last - first).amax(0) + 1
+        return tuple(box.tolist()), first.minimum(torch.tensor(self.labels.shape) - box)
+
+    @cached_property
+    def _extents(self) -> tuple[Tensor, Tensor]:
+        """The first and the last voxel of each along each axis, (count, rank)."""
+        labels, none = self.labels.flatten().cpu(), torch.zeros(self.count + 1, dtype=torch.long)
+        sides: dict[str, list[Tensor]] = {"amin": [], "amax": []}
         for axis, size in enumerate(self.labels.shape):
             shape = [-1 if a == axis else 1 for a in range(self.labels.ndim)]
             place = torch.arange(size).reshape(shape).expand(self.labels.shape).flatten()
-            none, labels = torch.zeros(self.count + 1, dtype=torch.long), self.labels.flatten().cpu()
-            low.append(none.scatter_reduce(0, labels, place, "amin", include_self=False)[: self.count])
-            high.append(none.scatter_reduce(0, labels, place, "amax", include_self=False)[: self.count])
-        first, last = torch.stack(low, 1), torch.stack(high, 1)
-        box = (last - first).amax(0) + 1
-        return tuple(box.tolist()), first.minimum(torch.tensor(self.labels.shape) - box)
+            for side, found in sides.items():
+                found.append(none.scatter_reduce(0, labels, place, side, include_self=False)[: self.count])
+        return torch.stack(sides["amin"], 1), torch.stack(sides["amax"], 1)
 
 
 def automatic_size(spatial: Sequence[int], spacing: Sequence[float], share: float, count: int = 200) -> float:

@@ -83,7 +83,7 @@ def test_the_axioms(method: str) -> None:
     draw = torch.Generator().manual_seed(6)
     a, b = torch.randn(9, 8, generator=draw), torch.randn(8, generator=draw)
     a[1], a[2] = a[0], 0
-    for run in (mx.Run(), mx.Run(seed=1)):
+    for run in (mx.Run(), mx.Run(seed=2)):
         _, found = explain(method, 9, lambda present: torch.tanh(present @ a) @ b, run)
         assert found[0] == pytest.approx(float(found[1]), abs=1e-5) and found[2] == pytest.approx(0, abs=1e-5)
         assert float(found.sum()) == pytest.approx(float(torch.tanh(a.sum(0)) @ b), abs=1e-4)
@@ -125,7 +125,8 @@ def test_what_only_pairs_do_is_exact_in_a_single_permutation(count: int) -> None
     rule, expected = quadratic(count)
     made, found = explain("permutation_shap", count, rule, permutations=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert made.interval is None and made.provenance.forwards == 2 * (count - 1) + 3
+    # Of many, one more is to see whether the network can be asked about them alone.
+    assert made.interval is None and made.provenance.forwards == 2 * (count - 1) + 2 + (count > 16)
 
 
 @pytest.mark.parametrize("count", [13, 40])
@@ -221,7 +222,7 @@ def test_it_ends_when_the_intervals_are_narrow() -> None:
     made, _ = explain("permutation_shap", count, rule, run, permutations=500, tolerance=0.3)
     change = float((rule(torch.ones(1, count)) - rule(torch.zeros(1, count)))[0])
     assert float(made.interval.max()) <= 0.3 * abs(change) and not made.provenance.partial
-    pairs = (made.provenance.forwards - 3) / (2 * (count - 1))
+    pairs = (made.provenance.forwards - 2) / (2 * (count - 1))
     assert pairs == int(pairs) and 2 < pairs < 500
     before, _ = explain("permutation_shap", count, rule, run, permutations=int(pairs) - 1)
     assert float(before.interval.max()) > 0.3 * abs(change)
@@ -233,7 +234,7 @@ def test_it_does_not_depend_on_how_much_is_asked_at_once(method: str) -> None:
     many, same = explain(method, 15, curved(15))
     torch.testing.assert_close(found, same)
     torch.testing.assert_close(one.interval, many.interval)
-    assert not torch.equal(found, explain(method, 15, curved(15), mx.Run(seed=1))[1])
+    assert not torch.equal(found, explain(method, 15, curved(15), mx.Run(seed=2))[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -267,8 +268,8 @@ def test_a_random_infill_is_drawn_anew(method: str, count: int, monkeypatch: pyt
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(120, 2))
     more = {"samples": 4000} if method == "kernel_shap" else {"permutations": 100}
     asking: dict[str, Any] = {"target": 1, "supervoxels": parts(count), "infill": "drawn", **more}
-    made = mx.explain(mx.Model(network), scan(), method, **asking)
-    same = mx.explain(mx.Model(network), scan(), method, run=mx.Run(memory_budget=1), **asking)
+    made = mx.explain(mx.Model(network), scan(), method, run=mx.Run(seed=2), **asking)
+    same = mx.explain(mx.Model(network), scan(), method, run=mx.Run(seed=2, memory_budget=1), **asking)
     torch.testing.assert_close(made.data, same.data, rtol=1e-4, atol=1e-4)
     # The noise is zero in the mean.
     share = (network[1].weight[1].detach() * scan().flatten()).reshape(scan().shape)
@@ -289,12 +290,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("steps", [5, 13, 31, 40])
 def test_a_walk_that_ends_early_gives_what_it_has(steps: int) -> None:
     count, rule, shown = 14, curved(14), []
-    run = mx.Run(memory_budget=1, partial=shown.append, enough=lambda: len(game.asked) >= steps + 3)
+    run = mx.Run(memory_budget=1, partial=shown.append, enough=lambda: len(game.asked) >= steps + 2)
     game = Game(count, rule)
     asking: dict[str, Any] = {"supervoxels": parts(count), "infill": "zero", "permutations": 4}
     made = mx.explain(mx.Model(game), scan(), "permutation_shap", target=0, run=run, **asking)
     found = of_parts(count, made.data)
-    assert made.provenance.partial and len(made.provenance.notes) == 1 and len(game.asked) == steps + 3
+    assert made.provenance.partial and len(made.provenance.notes) == 1 and len(game.asked) == steps + 2
     assert torch.equal(shown[-1].data, made.data)
     if steps < 13:
         # The first parts of a walk, and the last, have been put back.

@@ -272,7 +272,7 @@ def test_occlusion_of_a_whole_scan(name: str) -> None:
     expected = mx.explain(model(None, Blending()), volume(), "occlusion", **settings)
     torch.testing.assert_close(made.data, expected.data, rtol=1e-4, atol=1e-6)
     windows = len(list(product(*(starts(n, 16, 8) for n in SHAPE))))
-    assert windows < made.provenance.forwards < expected.provenance.forwards * windows / 2
+    assert windows < made.provenance.forwards < expected.provenance.forwards * windows / 1.9
     assert made.provenance.model["window"]["overlap"] == 0.5 and made.provenance.region is None
     assert made.provenance.target_label == expected.provenance.target_label
 

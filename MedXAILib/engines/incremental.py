@@ -20,7 +20,7 @@ from MedXAILib.engines.boxes import put
 from MedXAILib.engines.changes import Asked, Change, Local, Operand, local
 from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.engines.operators import replaced, tensors
-from MedXAILib.engines.perturbation import Evaluator, Plain
+from MedXAILib.engines.perturbation import Evaluator, Plain, filled
 from MedXAILib.engines.seeing import Seeing, Unseen, intercepting, known, mark
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
@@ -80,12 +80,14 @@ class Step:
 
 @dataclass
 class Looked:
-    """What a network did with samples (M, C, *spatial): its steps, about how many multiplications they took for one of
-    them (`work`), and of what it made the tensors that have to be known around changes, by their numbers."""
+    """What a network did with samples (M, C, *spatial): its steps, about how many multiplications they took (`work`,
+    of it that `of_local` ones), and those of the tensors it made that have to be known around changes, by their
+    numbers."""
 
     shape: tuple[int, ...]
     steps: list[Step] = field(default_factory=list)
     work: float = 0.0
+    of_local: float = 0.0
     count: int = 1
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -137,7 +139,9 @@ class Looking(_Seeing):
             self._local.add(made[0])
         shape = tuple(result.shape[1:]) if rule is not None else ()
         looked.steps.append(Step(name, rule, numbers, tuple(made), shape))
-        looked.work += _work(name, args, result)
+        work = _work(name, args, result)
+        looked.work += work
+        looked.of_local += work if rule is not None else 0
         return result
 
     def _marked(self, tensor: Tensor, number: int) -> Tensor:
@@ -259,6 +263,9 @@ def look(question: Question, x: Tensor) -> tuple[Looked, list[Tensor]]:
     Raises:
         Unseen: when a part of it is out of sight.
     """
+    if not question.bound:
+        # To find out what a target is takes other operators than its value.
+        question.values(question.x)
     mode = Looking()
     with intercepting(question.model, mode):
         values = question.values(mode.start(x))
@@ -278,60 +285,83 @@ def look_again(question: Question, looked: Looked, change: Change) -> tuple[list
 
 
 class Incremental(Evaluator):
-    """Asks only about what a change can change. See `incremental`."""
+    """Asks only about what a change can change."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
         self.looked, self.at_sample = look(question, question.x)
-        self.share = 1.0
-        """Of the work for a whole sample, that for a changed one, as far as that was tried."""
         self.size = 1
 
     def values(self, patches: Tensor, low: Tensor) -> list[Tensor]:
-        return self._values(patches, low)[0]
+        return look_again(self.question, self.looked, Change(patches, low))[0]
 
-    def agrees(self, patches: Tensor, low: Tensor) -> bool:
-        """Whether it says of one change, which is measured, what the network says of a whole sample."""
-        found, mode = self._values(patches, low)
+    def pays(self, patches: Tensor, low: Tensor) -> bool:
+        """Whether asking about one change takes so much less work than about a whole sample that it is worth it, and
+        says the same.
+
+        Raises:
+            Diverged: when it does not.
+        """
         x, run = self.question.x, self.question.run
-        self.share = mode.work / self.looked.work
-        self.size = run.fitting(_HELD * mode.nbytes, int(self.share * x[0, 0].numel()), x.device)
-        expected = Plain(self.question).values(patches, low)
+        found, mode = look_again(self.question, self.looked, Change(patches, low))
+        share = mode.work / self.looked.work
+        self.size = run.fitting(_HELD * mode.nbytes, int(share * x[0, 0].numel()), x.device)
+        if share > _WORTH:
+            return False
         small = _ROUNDING * torch.finfo(x.dtype if run.precision is None else getattr(torch, run.precision)).eps
-        return all(
-            bool(((one - other).abs() <= 1e-3 * (other - at).abs() + small * at.abs().maximum(other.abs())).all())
-            for one, other, at in zip(found, expected, self.at_sample, strict=True)
-        )
-
-    def _values(self, patches: Tensor, low: Tensor) -> tuple[list[Tensor], Changing]:
-        return look_again(self.question, self.looked, Change(patches, low))
+        for one, other, at in zip(found, self.question.values(filled(x, patches, low)), self.at_sample, strict=True):
+            scale = at.abs().maximum(other.abs())
+            if not ((one - other).abs() <= 1e-3 * (other - at).abs() + small * scale).all():
+                raise Diverged("What was computed of changes alone is not what the network says.")
+        return True
 
 
-def incremental(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Incremental | None:
-    """The cheap way to ask about the masks of a `stream`, of which `patches` are made; None where it is none, because
-    the network looks at all of the sample at once, or not to be had.
+class Chain:
+    """Samples that begin as `start` (M, C, *spatial) and change step by step: every change stays."""
+
+    def __init__(self, question: Question, start: Tensor) -> None:
+        self.question = question
+        self.looked, _ = look(question, start.clone())
+
+    def step(self, patches: Tensor, low: Tensor) -> list[Tensor]:
+        """Put `patches` (M, C, *box) at `low` (M, rank); each target's value (M,) then."""
+        values, mode = look_again(self.question, self.looked, Change(patches, low))
+        kept = self.looked.kept
+        for number, what in mode.now.items():
+            if isinstance(what, Tensor):
+                kept[number] = what
+            else:
+                paste(kept[number], what)
+        return values
+
+
+def incremental(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Evaluator:
+    """The cheap way to ask about the masks of a `stream`, of which `patches` are made; or, where the network looks at
+    all of the sample at once or cannot be looked into, the plain one.
 
     It is tried on random masks first, and must say of them what the network says of whole samples.
     """
     run = question.run
     try:
         asked = Incremental(question)
-        if asked.looked.nbytes > _KEPT * run.budget(question.x.device):
-            return None
-        for i in torch.randperm(stream.count, generator=run.generator(_DRAW))[:_TRIED].tolist():
-            masks = stream.make(i, i + 1)
-            agrees = asked.agrees(patches(masks, range(i, i + 1)), masks.low)
-            if asked.share > _WORTH:
-                return None
-            if not agrees:
-                run.note("What was computed of changes alone was not what the network says: whole scans were asked.")
-                return None
-    except (Unseen, Diverged):
-        return None
+    except Unseen:
+        return Plain(question)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return None
+        return Plain(question)
+    plain = Plain(question, asked.at_sample)
+    looked = asked.looked
+    if looked.of_local < (1 - _WORTH) * looked.work or looked.nbytes > _KEPT * run.budget(question.x.device):
+        return plain
+    try:
+        for i in torch.randperm(stream.count, generator=run.generator(_DRAW))[:_TRIED].tolist():
+            masks = stream.make(i, i + 1)
+            if not asked.pays(patches(masks, range(i, i + 1)), masks.low):
+                return plain
+    except Diverged as error:
+        run.note(f"{error} So whole scans were asked about, which takes longer.")
+        return plain
     return asked
 
 

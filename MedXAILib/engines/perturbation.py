@@ -34,21 +34,25 @@ class Evaluator(ABC):
 
 
 class Plain(Evaluator):
-    """Asks the network about whole samples."""
+    """Asks the network about whole samples. What it says of the sample as it is may be known."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, at_sample: list[Tensor] | None = None) -> None:
         self.question, x = question, question.x
-        self.at_sample = question.values(x)
+        self.at_sample = question.values(x) if at_sample is None else at_sample
         # Without gradients a forward holds little more than a few layers: count the input sixteen times.
         self.size = question.run.fitting(64 * x.numel(), x[:, 0].numel(), x.device)
 
     def values(self, patches: Tensor, low: Tensor) -> list[Tensor]:
-        x = self.question.x
-        if patches.shape[2:] == x.shape[2:]:
-            return self.question.values(patches)
-        whole = x.repeat(len(low), *[1] * (x.ndim - 1))
-        put(whole, torch.zeros_like(low), patches, low)
-        return self.question.values(whole)
+        return self.question.values(filled(self.question.x, patches, low))
+
+
+def filled(x: Tensor, patches: Tensor, low: Tensor) -> Tensor:
+    """A sample `x` (1, C, *spatial) with `patches` (M, C, *box) at `low` (M, rank), (M, C, *spatial)."""
+    if patches.shape[2:] == x.shape[2:]:
+        return patches
+    whole = x.repeat(len(low), *[1] * (x.ndim - 1))
+    put(whole, torch.zeros_like(low), patches, low)
+    return whole
 
 
 def evaluator(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Evaluator:
@@ -59,8 +63,9 @@ def evaluator(question: Question, stream: Stream, patches: Callable[[Masks, rang
 
     if isinstance(question, WholeScan):
         return ByWindow(question, stream.box)
-    local = stream.box != tuple(question.x.shape[2:]) and stream.count >= _MANY
-    return (incremental(question, stream, patches) if local else None) or Plain(question)
+    if stream.box == tuple(question.x.shape[2:]) or stream.count < _MANY:
+        return Plain(question)
+    return incremental(question, stream, patches)
 
 
 def changed(x: Tensor, masks: Masks, infill: Infill, draws: Sequence[int]) -> Tensor:

@@ -14,7 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.boxes import cut, put
-from MedXAILib.engines.perturbation import changed
+from MedXAILib.engines.incremental import Chain, Incremental
+from MedXAILib.engines.masks import Masks, Stream
+from MedXAILib.engines.perturbation import Evaluator, changed, evaluator
 from MedXAILib.engines.shapley import EXACT, Shares, mean_shares
 from MedXAILib.explainer import Question, Taxonomy, perturbation
 from MedXAILib.infills.infill import Infill
@@ -46,7 +48,8 @@ class PermutationSHAP(ByShares):
     def estimates(self, question: Question, supervoxels: Supervoxels, infill: Infill) -> list[Estimate]:
         if supervoxels.count <= EXACT and not infill.random:
             return self.regressed(question, supervoxels, infill, 0)
-        walks = _Walks(question, supervoxels, infill, self.title)
+        asked = self._asked(question, supervoxels, infill)
+        walks = _Walks(question, supervoxels, infill, self.title, asked)
         generator = question.run.generator()
         orders = torch.stack([torch.randperm(supervoxels.count, generator=generator) for _ in range(self.permutations)])
 
@@ -57,12 +60,25 @@ class PermutationSHAP(ByShares):
             if shares.half is not None and bool((shares.half <= self.tolerance * shares.change.abs()).all()):
                 raise _Ended
 
-        x = question.x
-        # Without gradients a forward holds little more than a few layers: count the input sixteen times.
-        size = question.run.fitting(64 * x.numel(), x[:, 0].numel(), x.device)
+        size = asked.size
+        if isinstance(asked, Incremental):
+            # Each walk has its own scan, of which as much is kept.
+            size = min(size, question.run.fitting(asked.looked.nbytes, 1, question.x.device))
         with suppress(_Ended):
             question.run.chunks(self.permutations, size // 2).map(work, self.title, anytime=True)
         return estimates_of(walks.shares())
+
+    @staticmethod
+    def _asked(question: Question, supervoxels: Supervoxels, infill: Infill) -> Evaluator:
+        """The cheapest way to ask what a supervoxel changes."""
+        box, low = supervoxels.boxes()
+        absent = torch.eye(supervoxels.count)
+
+        def make(start: int, stop: int) -> Masks:
+            return supervoxels.masks_in(box, low[start:stop], absent[start:stop], question.x)
+
+        stream = Stream(supervoxels.count, box, make)
+        return evaluator(question, stream, lambda masks, draws: changed(question.x, masks, infill, draws))
 
 
 class _Ended(Exception):
@@ -72,10 +88,12 @@ class _Ended(Exception):
 class _Walks:
     """Several walks side by side, and what each supervoxel brought in those that are done."""
 
-    def __init__(self, question: Question, supervoxels: Supervoxels, infill: Infill, title: str) -> None:
+    def __init__(
+        self, question: Question, supervoxels: Supervoxels, infill: Infill, title: str, asked: Evaluator
+    ) -> None:
         self.question, self.supervoxels, self.infill, self.title = question, supervoxels, infill, title
-        self.box, self.low = supervoxels.boxes()
-        self.whole = _stacked(question.values(question.x))
+        self.chain = Chain if isinstance(asked, Incremental) else _Chain
+        self.whole = _stacked(asked.at_sample)
         self.empty: Tensor | None = None
         self.brought: list[Tensor] = []
         self.changes: list[Tensor] = []
@@ -98,13 +116,13 @@ class _Walks:
         draws = [*range(first, first + len(orders))] * 2
         # A random infill is drawn once for a walk, so that nothing but the supervoxels changes on the way.
         start = changed(self.question.x, self.supervoxels.masks(absent, self.question.x), self.infill, draws)
-        chains, values = _Chains(self.question, start), [self._at(start)]
+        chain, values = self.chain(self.question, start), [self._at(start)]
         for k in range(count - 1):
             done, of = first * count + k * len(orders), total * count
             self.question.run.step(done, of, self.title)
             if (k or first) and self.question.run.stops(done, of, self.title):
                 raise _Ended
-            values.append(self._step(chains, start, absent, both[:, k]))
+            values.append(self._step(chain, start, absent, both[:, k]))
             if not first:
                 self.begun = both, values
                 self.question.show(lambda: self.supervoxels.painted(self.shares().values[:, 0]))
@@ -123,17 +141,17 @@ class _Walks:
             self.empty = _stacked(self.question.values(start[:1]))
         return self.empty.expand(len(start), -1)
 
-    def _step(self, chains: _Chains, start: Tensor, absent: Tensor, players: Tensor) -> Tensor:
+    def _step(self, chain: Chain | _Chain, start: Tensor, absent: Tensor, players: Tensor) -> Tensor:
         """Put back one supervoxel, `players` (M,), in each walk; its values (M, T)."""
         absent[torch.arange(len(players)), players] = False
-        low, x = self.low[players], self.question.x
-        masks = self.supervoxels.masks_in(self.box, low, absent, x)
-        patches = torch.lerp(cut(x, low, self.box), cut(start, low, self.box), masks.share)
-        return _stacked(chains.step(patches, low))
+        (box, low), x = self.supervoxels.boxes(players), self.question.x
+        masks = self.supervoxels.masks_in(box, low, absent, x)
+        patches = torch.lerp(cut(x, low, box), cut(start, low, box), masks.share)
+        return _stacked(chain.step(patches, low))
 
 
-class _Chains:
-    """M samples, each of which is changed step by step: every step stays."""
+class _Chain:
+    """As `Chain`, for networks of which all is computed again."""
 
     def __init__(self, question: Question, start: Tensor) -> None:
         self.question, self.now = question, start.clone()
