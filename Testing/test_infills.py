@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,19 @@ def test_channels_are_as_correlated_as_in_the_scan() -> None:
     found = fitted.patches(Masks.everywhere(torch.ones(count, 1, 12, 12, 12)), range(count))
     one = found[:, :, 3, 4, 5].double().numpy()
     assert_drawn_from(one, x.double().flatten(1).mean(1).numpy(), np.cov(x.double().flatten(1).numpy()))
+
+
+def test_a_fit_goes_with_its_last_use() -> None:
+    x = smooth(1, 12, 12, 12)
+    fitted = ConditionalGaussian(question(x))
+    fitted.patches(Masks.boxes(torch.tensor([[4, 4, 4]]), (3, 3, 3), x), [0])
+    gone = weakref.ref(fitted)
+    gc.disable()
+    try:
+        del fitted
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_large_masks_are_conditioned_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ Fourier transform (Dietrich and Newsam 1997). The surroundings then pull it to w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from math import pi, prod
 from typing import ClassVar
 
@@ -63,9 +63,10 @@ class ConditionalGaussian(Infill):
         self._like = torch.zeros(
             (), device=question.x.device, dtype=torch.promote_types(question.x.dtype, torch.float32)
         )
-        self._pull = lru_cache(maxsize=32)(self._new_pull)
-        self._spectrum = lru_cache(maxsize=4)(self._new_spectrum)
-        self._coarse = lru_cache(maxsize=4)(self._new_coarse)
+        # Of functions that know nothing of this object, or it would refer to itself and outlive its last use.
+        self._spectrum = lru_cache(maxsize=4)(partial(_spectrum, self._like, self.covariance))
+        self._coarse = lru_cache(maxsize=4)(partial(_coarse, self.covariance))
+        self._pull = lru_cache(maxsize=32)(partial(_pull, self._like, self._coarse))
 
     def patches(self, masks: Masks, draws: Sequence[int]) -> Tensor:
         x, box = self.question.x, masks.box
@@ -125,38 +126,46 @@ class ConditionalGaussian(Infill):
         mode = "trilinear" if len(factor) == 3 else "bilinear"
         return functional.interpolate(coarse, away.shape[2:], mode=mode, align_corners=False)
 
-    def _new_pull(self, factor: tuple[int, ...], grid: tuple[int, ...], pattern: bytes) -> Tensor:
-        """S21 S11⁻¹, (C, unknown, known), of the voxels of a grid of which a pattern tells those that are known."""
-        covariance = self._coarse(factor)
-        known = np.frombuffer(pattern, dtype=bool).reshape(grid)
-        one, two = (torch.from_numpy(np.argwhere(which)) for which in (known, ~known))
-        factored = torch.linalg.cholesky(_between(covariance, one, one))
-        return torch.cholesky_solve(_between(covariance, one, two), factored).mT.to(self._like)
 
-    def _new_coarse(self, factor: tuple[int, ...]) -> Tensor:
-        """The covariance of the means of blocks of `factor` voxels."""
-        covariance = self.covariance
-        for axis, f in enumerate(factor, start=1):
-            rows = covariance.movedim(axis, -1)
-            reach = rows.shape[-1] // 2
-            steps = -(-(reach + f - 1) // f)
-            kernel = (f - (torch.arange(2 * f - 1) - (f - 1)).abs()).to(rows) / f**2
-            padded = functional.pad(rows.reshape(-1, 1, rows.shape[-1]), [steps * f + f - 1 - reach] * 2)
-            means = functional.conv1d(padded, kernel[None, None], stride=f)
-            covariance = means.reshape(*rows.shape[:-1], -1).movedim(-1, axis)
-        return covariance
+def _pull(
+    like: Tensor,
+    coarse: Callable[[tuple[int, ...]], Tensor],
+    factor: tuple[int, ...],
+    grid: tuple[int, ...],
+    pattern: bytes,
+) -> Tensor:
+    """S21 S11⁻¹, (C, unknown, known), of the voxels of a grid of which a pattern tells those that are known."""
+    covariance = coarse(factor)
+    known = np.frombuffer(pattern, dtype=bool).reshape(grid)
+    one, two = (torch.from_numpy(np.argwhere(which)) for which in (known, ~known))
+    factored = torch.linalg.cholesky(_between(covariance, one, one))
+    return torch.cholesky_solve(_between(covariance, one, two), factored).mT.to(like)
 
-    def _new_spectrum(self, size: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-        """The root of the covariance's spectrum on a torus on which a box of `size` does not meet itself."""
-        torus = tuple(_quick(n + r // 2) for n, r in zip(size, self.covariance.shape[1:], strict=True))
-        around = self.covariance
-        for axis, n in enumerate(torus, start=1):
-            reach = around.shape[axis] // 2
-            place = (torch.arange(-reach, reach + 1)) % n
-            shape = [*around.shape[:axis], n, *around.shape[axis + 1 :]]
-            around = around.new_zeros(shape).index_add_(axis, place, around)
-        spectrum = torch.fft.rfftn(around, dim=tuple(range(1, around.ndim))).real.clamp_min(0).sqrt()
-        return spectrum.to(self._like), torus
+
+def _coarse(covariance: Tensor, factor: tuple[int, ...]) -> Tensor:
+    """The covariance of the means of blocks of `factor` voxels."""
+    for axis, f in enumerate(factor, start=1):
+        rows = covariance.movedim(axis, -1)
+        reach = rows.shape[-1] // 2
+        steps = -(-(reach + f - 1) // f)
+        kernel = (f - (torch.arange(2 * f - 1) - (f - 1)).abs()).to(rows) / f**2
+        padded = functional.pad(rows.reshape(-1, 1, rows.shape[-1]), [steps * f + f - 1 - reach] * 2)
+        means = functional.conv1d(padded, kernel[None, None], stride=f)
+        covariance = means.reshape(*rows.shape[:-1], -1).movedim(-1, axis)
+    return covariance
+
+
+def _spectrum(like: Tensor, covariance: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """The root of the covariance's spectrum on a torus on which a box of `size` does not meet itself."""
+    torus = tuple(_quick(n + r // 2) for n, r in zip(size, covariance.shape[1:], strict=True))
+    around = covariance
+    for axis, n in enumerate(torus, start=1):
+        reach = around.shape[axis] // 2
+        place = (torch.arange(-reach, reach + 1)) % n
+        shape = [*around.shape[:axis], n, *around.shape[axis + 1 :]]
+        around = around.new_zeros(shape).index_add_(axis, place, around)
+    spectrum = torch.fft.rfftn(around, dim=tuple(range(1, around.ndim))).real.clamp_min(0).sqrt()
+    return spectrum.to(like), torus
 
 
 def _shaped(values: Tensor, like: Tensor) -> Tensor:
