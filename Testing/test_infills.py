@@ -316,7 +316,8 @@ def test_what_is_no_infill_is_refused(given: object) -> None:
         mx.explain(mx.Model(Sum()), noise(1, 6, 6, 6), "occlusion", infill=given)
 
 
-@pytest.mark.parametrize("kind", list(INFILLS))
+# Of lung only, and tested there.
+@pytest.mark.parametrize("kind", [kind for kind in INFILLS if kind != "healthy"])
 def test_any_infill_goes_with_occlusion(kind: str) -> None:
     made = mx.explain(mx.Model(Sum()), smooth(1, 8, 8, 8), "occlusion", infill=kind, window=(3.0,), target=0)
     assert torch.isfinite(made.data).all() and made.data.abs().max() > 0

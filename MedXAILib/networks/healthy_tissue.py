@@ -85,7 +85,8 @@ def smoothed(image: Tensor) -> Tensor:
     lumigraph)."""
     visible = (image >= 0).to(image)
     values, shares = [image * visible], [visible]
-    while all(size % 2 == 0 for size in values[-1].shape[2:]):
+    # The coarsest is smoothed, too, for which it needs three voxels.
+    while all(size % 2 == 0 and size >= 6 for size in values[-1].shape[2:]):
         values.append(functional.avg_pool3d(values[-1], 2))
         shares.append(functional.avg_pool3d(shares[-1], 2))
     value, share = (part.mean((2, 3, 4), keepdim=True) for part in (values[-1], shares[-1]))

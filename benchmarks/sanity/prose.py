@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import Any
 
-from benchmarks.sanity.bench import DRAWS
+from benchmarks.sanity.bench import DRAWS, RANDOMISED_SLOW
 from benchmarks.sanity.bench import RANDOMISED as CASES
 from benchmarks.sanity.patches import OF_EACH_CLASS, REAL, SHIFT
 
 Numbers = Mapping[str, Mapping[str, Any]]
+
+OCCLUSION, ABLATION = "Occlusion sensitivity, windows of 10 mm", "Supervoxel ablation, 10 mm"
+LIME, RISE = "LIME, 12.5 mm, 128 samples", "RISE, 128 masks"
+KERNEL_SHAP, PERMUTATION_SHAP = "Kernel SHAP, 12.5 mm, 128 samples", "Permutation SHAP, 12.5 mm, one order"
 
 INTRODUCTION = f"""# Which maps can be trusted?
 
@@ -30,14 +34,18 @@ and {REAL} patches of that patient's own, real nodule. The network is right abou
 is explained. In the middle of the patch a nodule would be found by whoever points at the middle. So all of them lie at
 random up to {SHIFT} of the patch's 40 voxels (15 of 50 mm) off the middle, along each axis.
 
-- **peak**: in what share of the patches the map's highest value lies in the nodule (the pointing game).
+- **peak**: in what share of the patches the map's highest value lies in the nodule (the pointing game); the middle of
+  the highest part where many voxels have the same value.
 - **mass**: what share of the positive relevance lies in the nodule, on average.
 - **untrained: peak**: the same for networks that learnt nothing, on {CASES} of the synthetic nodules. It should be near
-  chance.
+  chance. For methods that ask the network about a hundred scans or so for each map, from occlusion on, it is
+  {RANDOMISED_SLOW} of them, here and below.
 
 The first rows know nothing of the network: an even map, a Gaussian of 8 voxels (10 mm) in the middle of the patch, the
 scan itself, and an edge detector (how steep the scan is). Names say what differs from a method's defaults; where that
-is a smaller number of copies, steps, points or clusters, it is to save time.
+is a smaller number of copies, steps, points, clusters, samples or orders, or larger parts, it is to save time.
+`counterfactual_infill` is not here: it answers about the one region that a person names, and its map lies there
+whatever the network.
 """
 
 RANDOMISED = f"""## Does it depend on what was learnt?
@@ -101,14 +109,26 @@ def where(numbers: Numbers) -> str:
     def mass(name: str) -> str:
         return f"{numbers[name]['synthetic']['mass']:.2f}"
 
+    def peak(name: str, part: str) -> str:
+        return f"{numbers[name][part]['peak']:.0%}"
+
     missed = 1 - numbers["Grad-CAM"]["synthetic"]["peak"]
     return _filled(f"""What knows nothing of the network does not find the nodule, so the cases give it away to nobody.
-        The peak of nearly every method does. That of Grad-CAM is elsewhere in {missed:.0%} of the synthetic ones: it
-        weighs a channel by its mean gradient, and this network also uses the channel's maximum, which has its gradient
-        at a single place. In the share of relevance methods differ more: {mass("HiResCAM")} of HiResCAM and
-        {mass("Layer-wise relevance propagation, epsilon-plus")} of LRP epsilon-plus lie in the nodule,
-        {mass("Gradient")} of the gradient, which is noisy, and {mass("Grad-CAM++")} of Grad-CAM++, which spreads over
-        all tissue. LRP epsilon is gradient times input in a network of ReLUs: the rows are the same.
+        The peak of nearly every method that looks inside the network does. That of Grad-CAM is elsewhere in
+        {missed:.0%} of the synthetic ones: it weighs a channel by its mean gradient, and this network also uses the
+        channel's maximum, which has its gradient at a single place. In the share of relevance methods differ more:
+        {mass("HiResCAM")} of HiResCAM and {mass("Layer-wise relevance propagation, epsilon-plus")} of LRP epsilon-plus
+        lie in the nodule, {mass("Gradient")} of the gradient, which is noisy, and {mass("Grad-CAM++")} of Grad-CAM++,
+        which spreads over all tissue. LRP epsilon is gradient times input in a network of ReLUs: the rows are the
+        same.
+
+        Methods that take parts away are as coarse as their parts, and windows that lie on a fixed grid rarely fit the
+        nodule: those of 10 mm have their peak in {peak(OCCLUSION, "synthetic")} of the synthetic nodules and in
+        {peak(OCCLUSION, "real")} of the patches of the real one; supervoxels of that size, which follow its edge, in
+        {peak(ABLATION, "synthetic")} and {peak(ABLATION, "real")}. RISE, whose masks lie elsewhere each time, has its
+        peak there in {peak(RISE, "synthetic")} and {peak(RISE, "real")}, but spreads the rest ({mass(RISE)}). What is
+        put in the place of a part counts, too: it is the mean here, which in dark lung is something grey
+        ([infills.md](infills.md)).
 
         The right place is not enough. Guided backpropagation looks better than the gradient here
         ({mass("Guided backpropagation")} against {mass("Gradient")}), and fails what follows.""")
@@ -195,6 +215,21 @@ def _alpha_beta(numbers: Numbers) -> str:
         clearly little enough."""
 
 
+def _lime(numbers: Numbers) -> str:
+    return f"""{_top(numbers, LIME)}, in {DRAWS} cascades of {RANDOMISED_SLOW} nodules: too few, or too near to the
+        limit, to decide. Nearly all of a map of parts of 12.5 mm lies in a few of them, so that maps become alike
+        easily, and networks with no weight in common agree about these (correlation {_untrained(numbers, LIME)}, of
+        gradients {_untrained(numbers, "Gradient")}): presumably they are the ones with most tissue. Before reading such
+        a map as reasons, ask for smaller parts and more samples."""
+
+
+def _as_lime(name: str) -> Callable[[Numbers], str]:
+    return lambda numbers: (
+        f"""As LIME: {_top(numbers, name)}, and untrained networks agree by
+        {_untrained(numbers, name)}."""
+    )
+
+
 FAILS: dict[str, Callable[[Numbers], str]] = {
     "Guided backpropagation": _guided,
     "Deconvolution": _deconvolution,
@@ -204,12 +239,19 @@ FAILS: dict[str, Callable[[Numbers], str]] = {
     "LayerCAM": _layercam,
     "Layer-wise relevance propagation, z+": _z_plus,
     "Layer-wise relevance propagation, alpha-beta, beta 1": _alpha_beta,
+    LIME: _lime,
+    KERNEL_SHAP: _as_lime(KERNEL_SHAP),
+    PERMUTATION_SHAP: _as_lime(PERMUTATION_SHAP),
 }
 """Why methods do not pass, and what follows for a reader."""
 
 
 def _top(numbers: Numbers, name: str) -> str:
     return f"{mean(draw[1]['correlation'] for draw in numbers[name]['cascade']):.2f}"
+
+
+def _untrained(numbers: Numbers, name: str) -> str:
+    return f"{numbers[name]['untrained']['correlation']:.2f}"
 
 
 def _filled(text: str) -> str:

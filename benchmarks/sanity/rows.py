@@ -12,6 +12,7 @@ from torch import Tensor
 
 import MedXAILib as mx
 from benchmarks.sanity import patches
+from MedXAILib.visual.perturbing import Perturbing
 
 LUNG = "five patches of lung without a nodule"
 """Stands for them among the parameters."""
@@ -33,9 +34,21 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "epsilon-plus-flat": {"composite": "epsilon_plus_flat"},
     },
     "deep_shap": {LUNG: {"background": LUNG}},
+    # These ask the network about a hundred scans for each map.
+    "occlusion": {"windows of 10 mm": {"window": (10.0,)}},
+    "supervoxel_ablation": {"10 mm": {"size_mm": 10.0}},
+    "lime": {"12.5 mm, 128 samples": {"size_mm": 12.5, "samples": 128}},
+    "kernel_shap": {"12.5 mm, 128 samples": {"size_mm": 12.5, "samples": 128}},
+    "permutation_shap": {"12.5 mm, one order": {"size_mm": 12.5, "permutations": 1}},
+    "rise": {"128 masks": {"samples": 128, "tolerance": 0.0}},
+    "prediction_difference": {"windows of 12.5 mm, one draw": {"window": (12.5,), "samples": 1}},
+    "meaningful_perturbation": {"8 steps": {"steps": 8}},
     "gradient_shap": {f"20 points, {LUNG}": {"background": LUNG, "samples": 20}},
 }
 """For a method its settings by name; a method that is not here has one row, with its defaults."""
+
+OF_ONE_REGION = frozenset({"counterfactual_infill"})
+"""These answer about the region that they are asked about: where their maps are says nothing of the network."""
 
 Maps = Callable[[mx.Model, Tensor, Tensor], Tensor]
 """From a model, patches (N, C, *spatial) and the classes (N,) to maps (N, *spatial)."""
@@ -51,6 +64,11 @@ class Row:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def slow(self) -> bool:
+        """Whether it asks the network about many scans for each map."""
+        return bool(self.method) and issubclass(mx.methods()[self.method], Perturbing)
+
+    @property
     def slug(self) -> str:
         """Its name as that of a file."""
         return re.sub(r"[^a-z0-9+]+", "-", self.name.lower()).strip("-")
@@ -62,9 +80,11 @@ class Row:
 
 
 def every() -> Iterator[Row]:
-    """The references, then every method there is."""
+    """The references, then every method there is, but those of one region."""
     yield from REFERENCES
     for method, kind in mx.methods().items():
+        if method in OF_ONE_REGION:
+            continue
         for setting, parameters in SETTINGS.get(method, {"": {}}).items():
             name = f"{kind.title}, {setting}" if setting else kind.title
             yield Row(name, asked(method, parameters), method, parameters)
