@@ -35,13 +35,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "deep_shap": {LUNG: {"background": LUNG}},
     # These ask the network about a hundred scans for each map.
-    "occlusion": {"windows of 10 mm": {"window": (10.0,)}},
+    "occlusion": {"windows of 10 mm": {"window": [10.0]}},
     "supervoxel_ablation": {"10 mm": {"size_mm": 10.0}},
     "lime": {"12.5 mm, 128 samples": {"size_mm": 12.5, "samples": 128}},
     "kernel_shap": {"12.5 mm, 128 samples": {"size_mm": 12.5, "samples": 128}},
     "permutation_shap": {"12.5 mm, one order": {"size_mm": 12.5, "permutations": 1}},
     "rise": {"128 masks": {"samples": 128, "tolerance": 0.0}},
-    "prediction_difference": {"windows of 12.5 mm, one draw": {"window": (12.5,), "samples": 1}},
+    "prediction_difference": {"windows of 12.5 mm, one draw": {"window": [12.5], "samples": 1}},
     "meaningful_perturbation": {"8 steps": {"steps": 8}},
     "gradient_shap": {f"20 points, {LUNG}": {"background": LUNG, "samples": 20}},
 }
