@@ -146,8 +146,8 @@ def test_voxels_outside_a_hard_mask_are_as_they_were() -> None:
             return x.flatten(1).mean(1, keepdim=True)
 
     model = mx.Model(Looked(), task="regression")
-    question = Question(model, x[None], [model.prepare(mx.Volume(x, np.eye(4)))], [mx.RegressionTarget(0)])
     for game in ("deletion", "preservation"):
+        question = Question(model, x[None], [model.prepare(mx.Volume(x, np.eye(4)))], [mx.RegressionTarget(0)])
         score = _Score(question, choice.infill(question, "blur"), game)
         (left,) = score.of_hard(share, 0)
         taken = share.bool() if game == "deletion" else ~share.bool()
