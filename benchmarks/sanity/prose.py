@@ -128,8 +128,8 @@ def where(numbers: Numbers) -> str:
         {peak(OCCLUSION, "real")} of the patches of the real one; supervoxels of that size, which follow its edge, in
         {peak(ABLATION, "synthetic")} and {peak(ABLATION, "real")}. RISE, whose masks lie elsewhere each time, has its
         peak there in {peak(RISE, "synthetic")} and {peak(RISE, "real")}, but spreads the rest ({mass(RISE)}). What is
-        put in the place of a part counts, too: it is the mean here, which in dark lung is something grey
-        ([infills.md](infills.md)).
+        put in the place of a part counts, too: for most of these methods it is the scan's mean, which in dark lung is
+        something grey ([infills.md](infills.md)).
 
         The right place is not enough. Guided backpropagation looks better than the gradient here
         ({mass("Guided backpropagation")} against {mass("Gradient")}), and fails what follows.""")
