@@ -46,6 +46,12 @@ _HELD = 4
 # Where changes are so much of all samples together, all is computed: in batches that costs less.
 _MOST = 0.7
 
+# Multiplications in comparison with which it costs little to ask for them.
+_BUSY = 5e8
+
+# Layers near the output are small, and gain from larger batches than the others.
+_MORE = 4
+
 # Draws of what is tried are far from others.
 _DRAW = 900_000
 
@@ -69,32 +75,44 @@ class Spot:
 @dataclass
 class Step:
     """An operator on its way: which tensors it was `given` and it `made`, by their numbers, and the `local` rule for
-    it, if all before it are local too. `shape` (C, *spatial) is that of what a local one made."""
+    it, if all before it are local too. `shape` (C, *spatial) is that of what a local one made, `work` about how many
+    multiplications that took."""
 
     name: str
     local: Local | None
     given: tuple[int, ...]
     made: tuple[int, ...]
     shape: tuple[int, ...]
+    work: float
 
 
 @dataclass
 class Looked:
-    """What a network did with samples (M, C, *spatial): its steps, about how many multiplications they took (`work`,
-    of it that `of_local` ones), and those of the tensors it made that have to be known around changes, by their
-    numbers."""
+    """What a network did with samples (M, C, *spatial): its steps, and those of the tensors it made that have to be
+    known around changes, by their numbers."""
 
     shape: tuple[int, ...]
     steps: list[Step] = field(default_factory=list)
-    work: float = 0.0
-    of_local: float = 0.0
     count: int = 1
     kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def work(self) -> float:
+        """About how many multiplications it took."""
+        return sum(step.work for step in self.steps)
 
     @property
     def nbytes(self) -> int:
         """What is kept, in bytes."""
         return sum(t.nbytes for t in self.kept.values())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in a network: after so many `steps`, when the tensors with the numbers `live` are what the rest needs."""
+
+    steps: int
+    live: frozenset[int]
 
 
 class _Seeing(Seeing):
@@ -107,12 +125,13 @@ class _Seeing(Seeing):
 
 
 class Looking(_Seeing):
-    """While this is on, what a network does with samples is noted. The tensor number `leaf` gets a gradient."""
+    """While this is on, what a network does with samples is noted. After so many steps as a `cut` says, what comes is
+    recorded for a gradient with respect to the tensors that have been made, as if each were an input."""
 
-    def __init__(self, leaf: int | None = None) -> None:
+    def __init__(self, cut: Cut | None = None) -> None:
         super().__init__()
-        self._leaf, self._local = leaf, {0}
-        self.leaves: list[Tensor] = []
+        self.cut, self._local = cut, {0}
+        self.leaves: dict[int, Tensor] = {}
 
     def start(self, x: Tensor) -> Tensor:
         """`x` (M, C, *spatial) as the input to follow from here on."""
@@ -120,7 +139,12 @@ class Looking(_Seeing):
         return self._marked(x.detach().view_as(x), 0)
 
     def seen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        result, asked, looked = func(*args, **kwargs), Asked(func, args, kwargs), self.looked
+        asked, looked, cut = Asked(func, args, kwargs), self.looked, self.cut
+        if cut is not None and len(looked.steps) == cut.steps:
+            for leaf in self.leaves.values():
+                leaf.requires_grad_()
+        with torch.set_grad_enabled(cut is not None and len(looked.steps) >= cut.steps):
+            result = func(*args, **kwargs)
         given = [t for t in tensors((args, kwargs)) if known(t) is not None]
         numbers = tuple(known(t).number for t in given)
         rule = local(name, asked, given, result) if self._local.issuperset(numbers) else None
@@ -138,39 +162,34 @@ class Looking(_Seeing):
         elif rule is not None:
             self._local.add(made[0])
         shape = tuple(result.shape[1:]) if rule is not None else ()
-        looked.steps.append(Step(name, rule, numbers, tuple(made), shape))
-        work = _work(name, args, result)
-        looked.work += work
-        looked.of_local += work if rule is not None else 0
+        looked.steps.append(Step(name, rule, numbers, tuple(made), shape, _work(name, args, result)))
         return result
 
     def _marked(self, tensor: Tensor, number: int) -> Tensor:
-        if number == self._leaf:
-            # In place, because what follows is given this very tensor.
-            self.leaves.append(tensor.requires_grad_())
+        if self.cut is not None and number in self.cut.live:
+            self.leaves[number] = tensor
         return mark(tensor, Spot(number))
 
 
 class Changing(_Seeing):
-    """While this is on, a network that has `looked` at samples sees changes of them."""
+    """While this is on, a network that has `looked` at samples sees changes of them, so many `together`, until a `cut`
+    is `Reached`."""
 
-    def __init__(self, looked: Looked, until: int | None = None) -> None:
+    def __init__(self, looked: Looked, together: int = 1, cut: Cut | None = None) -> None:
         super().__init__()
-        self.looked, self._until, self._done = looked, until, 0
-        self.work = 0.0
+        self.looked, self.together, self.cut = looked, together, cut
+        self.work: list[float] = []
         self.nbytes = 0
         """Of the largest tensor or change that was made, of one sample."""
         self.now: dict[int, Tensor | tuple[Change, ...]] = {}
-        """What has become of those that are kept."""
+        """What has become of those that are kept, and of those that live at the cut."""
 
     def start(self, change: Change) -> Tensor:
         """A change of the input (M, C, *spatial) to follow from here on."""
-        parts: tuple[Change, ...] = (change,)
-        if change.values.device.type == "cpu":
-            # Boxes of one size would be as large as the largest, and near a border they are small.
-            each = zip(change.values.split(1), change.low.split(1), strict=True)
-            parts = tuple(Change(values, low) for values, low in each)
-        return self._changed(parts, 0, self.looked.shape)
+        # Boxes of one size are as large as the largest, and near a border they are small: so not all are together.
+        size = self.together if change.values.device.type == "cpu" else len(change.low)
+        parts = zip(change.values.split(size), change.low.split(size), strict=True)
+        return self._changed(tuple(Change(values, low) for values, low in parts), 0, self.looked.shape)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All of `tensor` (M, ...), changed or not."""
@@ -178,27 +197,30 @@ class Changing(_Seeing):
         return tensor if spot is None or not spot.changes else self._put(spot.changes, self.looked.kept[spot.number])
 
     def seen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        step = self.looked.steps[self._done] if self._done < len(self.looked.steps) else None
+        done, steps = len(self.work), self.looked.steps
+        if self.cut is not None and done == self.cut.steps:
+            raise Reached
+        step = steps[done] if done < len(steps) else None
         spots = [known(t) for t in tensors((args, kwargs)) if known(t) is not None]
         if step is None or step.name != name or step.given != tuple(spot.number for spot in spots):
             raise Diverged("This network takes another way for a changed scan than for the scan as it is.")
-        self._done += 1
         if step.local is None or not all(spot.changes for spot in spots):
             args, kwargs = replaced((args, kwargs), self.whole)
             result = func(*args, **kwargs)
-            self.work += _work(name, args, result)
+            self.work.append(_work(name, args, result))
             for number, t in zip(step.made, tensors(result), strict=True):
                 self._plain(t, number)
             return result
         asked, kept = Asked(func, args, kwargs), self.looked.kept
         bases, before = [kept.get(spot.number) for spot in spots], kept.get(step.made[0])
         found: list[Any] = []
-        begin = 0
+        begin, work = 0, 0.0
         for changes in zip(*(spot.changes for spot in spots), strict=True):
             own = slice(begin, begin := begin + len(changes[0].low))
             operands = [Operand(change, _of(base, own)) for change, base in zip(changes, bases, strict=True)]
             found.append(step.local(asked, operands, _of(before, own)))
-            self.work += _work(name, args, found[-1] if isinstance(found[-1], Tensor) else found[-1].values)
+            work += _work(name, args, found[-1] if isinstance(found[-1], Tensor) else found[-1].values)
+        self.work.append(work)
         if isinstance(found[0], Tensor):
             return self._plain(torch.cat(found), step.made[0])
         return self._changed(tuple(found), step.made[0], step.shape)
@@ -229,10 +251,8 @@ class Changing(_Seeing):
     def _noted(self, number: int, what: Tensor | tuple[Change, ...]) -> None:
         values = what if isinstance(what, Tensor) else what[0].values
         self.nbytes = max(self.nbytes, values.nbytes // max(1, len(values)) if values.ndim else 0)
-        if number in self.looked.kept:
+        if number in self.looked.kept or (self.cut is not None and number in self.cut.live):
             self.now[number] = what
-        if number == self._until:
-            raise Reached(what)
 
 
 def paste(into: Tensor, changes: Sequence[Change]) -> None:
@@ -250,11 +270,7 @@ def _of(base: Tensor | None, own: slice) -> Tensor | None:
 
 
 class Reached(Exception):
-    """As far as somebody wanted to go: (M, C, *spatial), or changes of it."""
-
-    def __init__(self, what: Tensor | tuple[Change, ...]) -> None:
-        super().__init__()
-        self.what = what
+    """As far as somebody wanted to go."""
 
 
 def look(question: Question, x: Tensor) -> tuple[Looked, list[Tensor]]:
@@ -272,16 +288,21 @@ def look(question: Question, x: Tensor) -> tuple[Looked, list[Tensor]]:
     return mode.looked, values
 
 
-def look_again(question: Question, looked: Looked, change: Change) -> tuple[list[Tensor], Changing]:
-    """Each target's value (M,) of a change, and what became of the rest.
+def look_again(question: Question, looked: Looked, change: Change, together: int = 1) -> tuple[list[Tensor], Changing]:
+    """Each target's value (M,) of a change, so many samples `together`, and what became of the rest.
 
     Raises:
         Diverged: when the network takes another way.
     """
-    mode = Changing(looked)
+    mode = Changing(looked, together)
     with intercepting(question.model, mode):
         values = question.values(mode.start(change))
         return [mode.whole(value) for value in values], mode
+
+
+def together(work: float) -> int:
+    """How many changes that take so much `work` to look at together: on a CPU just enough to keep it busy."""
+    return max(1, round(_BUSY / work))
 
 
 class Incremental(Evaluator):
@@ -290,10 +311,17 @@ class Incremental(Evaluator):
     def __init__(self, question: Question) -> None:
         self.question = question
         self.looked, self.at_sample = look(question, question.x)
-        self.size = 1
+        self.size = self.together = 1
+        self.work: list[float] = []
+        """About how many multiplications each step took of the change that was tried last."""
 
     def values(self, patches: Tensor, low: Tensor) -> list[Tensor]:
-        return look_again(self.question, self.looked, Change(patches, low))[0]
+        # Those alike near borders come together.
+        beyond = torch.tensor(self.looked.shape[1:]) - torch.tensor(patches.shape[2:]) - low
+        order = sorted(range(len(low)), key=low.minimum(beyond).tolist().__getitem__)
+        back = torch.tensor(order).argsort().to(patches.device)
+        change = Change(patches[order], low[order])
+        return [value[back] for value in look_again(self.question, self.looked, change, self.together)[0]]
 
     def pays(self, patches: Tensor, low: Tensor) -> bool:
         """Whether asking about one change takes so much less work than about a whole sample that it is worth it, and
@@ -304,8 +332,10 @@ class Incremental(Evaluator):
         """
         x, run = self.question.x, self.question.run
         found, mode = look_again(self.question, self.looked, Change(patches, low))
-        share = mode.work / self.looked.work
-        self.size = run.fitting(_HELD * mode.nbytes, int(share * x[0, 0].numel()), x.device)
+        self.work = mode.work
+        share = sum(mode.work) / self.looked.work
+        self.together = together(sum(mode.work))
+        self.size = run.fitting(_HELD * mode.nbytes, int(share * x[0, 0].numel()) // _MORE, x.device)
         if share > _WORTH:
             return False
         small = _ROUNDING * torch.finfo(x.dtype if run.precision is None else getattr(torch, run.precision)).eps
@@ -352,7 +382,8 @@ def incremental(question: Question, stream: Stream, patches: Callable[[Masks, ra
         return Plain(question)
     plain = Plain(question, asked.at_sample)
     looked = asked.looked
-    if looked.of_local < (1 - _WORTH) * looked.work or looked.nbytes > _KEPT * run.budget(question.x.device):
+    of_local = sum(step.work for step in looked.steps if step.local is not None)
+    if of_local < (1 - _WORTH) * looked.work or looked.nbytes > _KEPT * run.budget(question.x.device):
         return plain
     try:
         for i in torch.randperm(stream.count, generator=run.generator(_DRAW))[:_TRIED].tolist():

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.masks import Masks, Stream
+from MedXAILib.engines.parts import window_parts
 from MedXAILib.engines.perturbation import perturb
-from MedXAILib.engines.windows import add, windows
+from MedXAILib.engines.screening import strongest
 from MedXAILib.explainer import Attribution, Question, Taxonomy, perturbation
 from MedXAILib.infills.choice import infill
 from MedXAILib.visual.perturbing import Perturbing
@@ -39,19 +40,39 @@ class Occlusion(Perturbing):
     )
     stride: tuple[float, ...] = Field((), description="step between windows in mm; the window's own size if empty")
 
+    top: int = Field(
+        0,
+        ge=0,
+        description="ask exactly only about the windows that are likely among so many strongest; of the others the map "
+        "has estimates; 0 asks about all",
+    )
+
     def of_sample(self, question: Question) -> list[Attribution]:
         x = question.x
-        box, low = windows(x.shape[2:], question.seen[0].spacing, self.window, self.stride)
-        totals, covered = [torch.zeros_like(x[:, :1]) for _ in question.targets], torch.zeros_like(x[:, :1])
+        parts = window_parts(x, question.seen[0].spacing, self.window, self.stride)
+        lost = torch.zeros(parts.count, len(question.targets), dtype=torch.float64)
+        known = torch.zeros(parts.count, dtype=torch.bool)
 
-        def take(start: int, masks: Masks, values: list[Tensor]) -> None:
-            for total, of_sample, value in zip(totals, at_sample, values, strict=True):
-                add(total, masks.low, box, of_sample - value)
-            add(covered, masks.low, box, torch.ones(len(masks)))
-            question.show(lambda: totals[0] / covered.clamp_min(1))
+        def painted(lost: Tensor, known: Tensor) -> Tensor:
+            return (parts.paint(lost * known) / parts.paint(known.double()).clamp_min(1)).to(x)
+
+        def show(lost: Tensor, known: Tensor) -> None:
+            question.show(lambda: painted(lost, known))
 
         with torch.no_grad():
-            at_sample = question.values(x)
-        stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
-        perturb(question, stream, infill(question, self.infill), take, self.title)
-        return [Attribution(total / covered.clamp_min(1)) for total in totals]
+            at_sample = torch.stack(question.values(x), 1).double().cpu()
+
+        def take(start: int, masks: Masks, values: list[Tensor]) -> None:
+            some = slice(start, start + len(masks))
+            lost[some], known[some] = at_sample - torch.stack(values, 1).double().cpu(), True
+            show(lost[:, 0], known)
+
+        stream = Stream(parts.count, parts.box, lambda start, stop: parts.masks(torch.arange(start, stop)))
+        instead = infill(question, self.infill)
+        found = strongest(question, stream, instead, self.top, show, self.title) if self.top else None
+        if found is not None:
+            question.run.note(found.said)
+            lost, known = found.lost, torch.ones_like(known)
+        else:
+            perturb(question, stream, instead, take, self.title)
+        return [Attribution(painted(of_target, known)) for of_target in lost.T]
