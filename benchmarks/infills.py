@@ -25,9 +25,11 @@ import MedXAILib as mx
 from benchmarks import measure
 from benchmarks.sanity.patches import Patches, demo_model, scan
 from MedXAILib.engines.masks import Masks
+from MedXAILib.engines.shapley import student
 from MedXAILib.explainer import Question
 from MedXAILib.infills.choice import INFILLS, infill
 from MedXAILib.model import Prepared
+from MedXAILib.report.localisation import highest
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import CLASSES, HU_RANGE, SPACING_MM, synthesise
 
@@ -35,10 +37,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "infills.json"
 PAGE, PICTURE = ROOT / "docs" / "infills.md", ROOT / "docs" / "images" / "infills.png"
 
-SEED, OF_EACH_CLASS = 701, 20
+SEED, OF_EACH_CLASS = 701, 5
 """Of the nodules. No training, no test and no other page has seen them."""
 METHODS: dict[str, dict[str, Any]] = {
-    "occlusion": {"window": (10.0,), "stride": (5.0,)},
+    "occlusion": {"window": (10.0,), "stride": (7.0,)},
     "meaningful_perturbation": {},
 }
 NAMES = ("minimum", "mean", "blur", "local_mean", "inpaint", "healthy")
@@ -79,7 +81,7 @@ def located(found: Tensor, mask: Tensor) -> dict[str, float]:
     return {
         "hausdorff_mm": worst,
         "hausdorff_95_mm": most,
-        "peak": float(inside[flat.argmax()]),
+        "peak": float(mask[highest(found)]),
         "mass": float((positive * inside).sum() / positive.sum().clamp_min(1e-30)),
     }
 
@@ -140,17 +142,17 @@ instead of to the loss, so infills that look like tissue should give better maps
 ![A real nodule, and what each infill puts in its place](images/infills.png)
 
 A real nodule (sample scan, 1.36 mL) and what each infill puts in its place, two draws of those that are random; lung
-window, axial and coronal through its middle. The fixed ones leave a hole or a ghost; `inpaint` goes on smoothly;
-`healthy` is drawn by the network in `Resources/Models/infills/healthy_lung`, which never saw this patient.
+window, axial and coronal through its middle. The fixed ones leave a hole or a ghost; `noise` and
+`gaussian` have the contrast of the whole patch, chest wall included; `inpaint` goes on smoothly; `healthy` is drawn by the network in `Resources/Models/infills/healthy_lung`, which never saw this patient.
 """
 
 _MEASURED = """
 ## Measured
 
 {count} computed nodules, half benign, half malignant, in the lung of a patient whom neither network has seen, all
-classified rightly by `lung_nodule`; the map is of that class. `occlusion` has windows of 10 mm every 5 mm. The mask is
+classified rightly by `lung_nodule`; the map is of that class. `occlusion` has windows of 10 mm every 7 mm. The mask is
 compared with as many voxels of the map as it has, the highest ones. Mean and 95 % confidence interval; small distances
-are good.
+are good. With so few nodules only large differences can show: that none does is not to say that there is none.
 """
 
 
@@ -174,7 +176,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95 % confidence interval."""
-    return mean(values), 1.96 * stdev(values) / math.sqrt(len(values))
+    return mean(values), student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,20 +184,39 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     by_name = {row["infill"]: row for row in rows}
     if "healthy" not in by_name:
         return []
-    lines = ["`healthy` less the others, nodule by nodule:", ""]
-    for name, row in by_name.items():
-        if name != "healthy":
-            told = [_difference(by_name["healthy"][key], row[key], key) for key in _COLUMNS]
-            lines.append(f"- {name}: {'; '.join(told)}.")
+    ours, theirs = by_name["healthy"], {name: row for name, row in by_name.items() if name != "healthy"}
+    lines = [_concluded(ours, theirs), "", "`healthy` less the others, nodule by nodule:", ""]
+    for name, row in theirs.items():
+        lines.append(f"- {name}: {'; '.join(_difference(ours[key], row[key], key) for key in _COLUMNS)}.")
     return lines
+
+
+def _concluded(ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whose maps end nearer to the nodule, in a sentence for each of the two distances."""
+    told = []
+    for key in ("hausdorff_mm", "hausdorff_95_mm"):
+        by_verdict: dict[str, list[str]] = {}
+        for name, row in theirs.items():
+            by_verdict.setdefault(_verdict(ours[key], row[key], key), []).append(f"`{name}`")
+        parts = [f"{verdict} {_THAN[verdict]} {', '.join(names)}" for verdict, names in by_verdict.items()]
+        told.append(f"By the {_COLUMNS[key].removesuffix(' (mm)')} distance `healthy` is {'; '.join(parts)}.")
+    return " ".join(told)
+
+
+_BETTER, _WORSE, _SAME = "**better**", "**worse**", "no different"
+_THAN = {_BETTER: "than", _WORSE: "than", _SAME: "from"}
+
+
+def _verdict(ours: Sequence[float], theirs: Sequence[float], key: str) -> str:
+    middle, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    better = (middle < 0) == key.endswith("mm")
+    return _SAME if abs(middle) <= half else _BETTER if better else _WORSE
 
 
 def _difference(ours: Sequence[float], theirs: Sequence[float], key: str) -> str:
     middle, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    better = (middle < 0) == key.endswith("mm")
-    verdict = "no difference" if abs(middle) <= half else "**better**" if better else "**worse**"
     digits = 1 if key.endswith("mm") else 2
-    return f"{_COLUMNS[key]} {middle:+.{digits}f} ± {half:.{digits}f}, {verdict}"
+    return f"{_COLUMNS[key]} {middle:+.{digits}f} ± {half:.{digits}f}, {_verdict(ours, theirs, key)}"
 
 
 _VOXEL, _COLUMNS_SHOWN = 4, 3

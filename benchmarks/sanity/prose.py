@@ -236,8 +236,8 @@ def _difference(numbers: Numbers) -> str:
     return f"""{_top(numbers, DIFFERENCE)}, against {_top(numbers, OCCLUSION)} of occlusion, in so few nodules; and it
         has its peak in the nodule in {found["synthetic"]["peak"]:.0%} of the synthetic ones and in
         {found["real"]["peak"]:.0%} of the patches of the real one. A single draw of a Gaussian field in large windows
-        is far from the method's defaults, and deep in a window what it draws tends to the mean of the whole patch,
-        which is not that of lung. In these settings, do not rely on it here."""
+        is far from the method's defaults, and what it draws has the contrast of the whole patch, chest wall included,
+        so that it looks like another nodule ([infills.md](infills.md)). In these settings, do not rely on it here."""
 
 
 FAILS: dict[str, Callable[[Numbers], str]] = {
