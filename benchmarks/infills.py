@@ -142,8 +142,9 @@ instead of to the loss, so infills that look like tissue should give better maps
 ![A real nodule, and what each infill puts in its place](images/infills.png)
 
 A real nodule (sample scan, 1.36 mL) and what each infill puts in its place, two draws of those that are random; lung
-window, axial and coronal through its middle. The fixed ones leave a hole or a ghost; `noise` and
-`gaussian` have the contrast of the whole patch, chest wall included; `inpaint` goes on smoothly; `healthy` is drawn by the network in `Resources/Models/infills/healthy_lung`, which never saw this patient.
+window, axial and coronal through its middle. The fixed ones leave a hole or a ghost; `noise` and `gaussian` have the
+contrast of the whole patch, chest wall included; `inpaint` goes on smoothly; `healthy` is drawn by the network in
+`Resources/Models/infills/healthy_lung`, which never saw this patient.
 """
 
 _MEASURED = """
