@@ -28,7 +28,11 @@ THIRD_PARTY = {"PIL", "SimpleITK", "monai", "numpy", "psutil", "pydantic", "rich
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
 OF_THE_APPLICATION = {"ctk", "qt", "slicer.ScriptedLoadableModule", "slicer.i18n", "slicer.parameterNodeWrapper"}
 # What of the library may be imported into Slicer's process: not what needs PyTorch.
-WITHOUT_TORCH = {"MedXAILib", *(f"MedXAILib.{name}" for name in ("client", "errors", "protocol", "resources"))}
+WITHOUT_TORCH = {
+    "MedXAILib",
+    *(f"MedXAILib.{name}" for name in ("client", "errors", "protocol", "resources")),
+    *(f"MedXAILib.report.{name}" for name in ("interval", "residuals")),
+}
 
 # What the Extensions Index asks of an entry (version 1.0.1 of its schema), without the texts.
 ENTRY = {

@@ -1,13 +1,12 @@
 """The panel that asks: which network, which scan, where, which answer, by which method."""
 
-import html
-
 import qt
 import slicer
 from slicer.i18n import tr as _
 
 from MedXAISlicerLib import asking, method_parameters, regions, results, settings
 from MedXAISlicerLib.panels.label_chooser import LabelChooser
+from MedXAISlicerLib.panels.method_words import described
 from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
@@ -92,7 +91,7 @@ class ExplainPanel(Panel):
             box.setItemData(box.count - 1, 0, _FLAGS)
             for method in of_it:
                 box.addItem(method["title"], method["id"])
-                box.setItemData(box.count - 1, _described(method), qt.Qt.ToolTipRole)
+                box.setItemData(box.count - 1, described(method), qt.Qt.ToolTipRole)
         box.blockSignals(False)
         if self.parameterNode is not None:
             self._select(box, self.parameterNode.method)
@@ -190,7 +189,7 @@ class ExplainPanel(Panel):
         if method is None:
             return
         self.ui.methodInfoLabel.text = _("Good: {strengths}").format(strengths=method["taxonomy"]["strengths"])
-        self.ui.methodInfoLabel.toolTip = self.ui.methodSelector.toolTip = _described(method)
+        self.ui.methodInfoLabel.toolTip = self.ui.methodSelector.toolTip = described(method)
         layers = self.chooser.model["layers"] if self.chooser.model else ()
         changed = self._changedParameters()
         where = [parameter for parameter in method["parameters"] if parameter["format"] in _WHERE]
@@ -387,24 +386,6 @@ class ExplainPanel(Panel):
 
     def _say(self, text):
         self.ui.statusLabel.text = text
-
-
-def _described(method):
-    """A method for somebody who does not know it, as rich text."""
-    taxonomy = method["taxonomy"]
-    lines = [
-        f"<b>{html.escape(method['title'])}</b>",
-        _("Good: {text}").format(text=html.escape(taxonomy["strengths"])),
-        _("Limits: {text}").format(text=html.escape(taxonomy["limits"])),
-        _("{built}, {applies}, {scope}; section {section} of the survey").format(
-            built=taxonomy["built"],
-            applies=taxonomy["applies"],
-            scope=" / ".join(taxonomy["scope"]),
-            section=taxonomy["section"],
-        ),
-        f"<i>{html.escape(method['paper'])}</i>",
-    ]
-    return "<p>" + "</p><p>".join(lines) + "</p>"
 
 
 def _duration(seconds):
