@@ -24,7 +24,7 @@ from MedXAILib.explainer import Question
 from MedXAILib.infills.infill import Infill
 
 # So many of the changes are asked about because they promise much, at least, and in a sample of the others.
-_PROMISING, _SAMPLED, _LEAST = 0.05, 0.03, 10
+_PROMISING, _SAMPLED, _LEAST = 0.1, 0.03, 10
 
 # Draws of the sample are far from others.
 _DRAW = 950_000
@@ -112,43 +112,54 @@ def strongest(
         lost[start:stop] = -screening(patches(masks, range(start, stop)), masks.low)
 
     run.chunks(count, round(asked.size / _SPENT)).map(estimate, f"{title}: estimates")
+    # Of several targets the greatest promise counts.
+    promise = (lost.abs() / lost.abs().amax(0).clamp_min(1e-300)).amax(1)
     many = min(count, max(2 * top, round(_PROMISING * count)))
-    promising = torch.zeros(count, dtype=torch.bool)
-    promising[lost.abs().topk(many, 0).indices.flatten()] = True
-    others = (~promising).nonzero()[:, 0]
-    drawn = others[
-        torch.randperm(len(others), generator=run.generator(_DRAW))[: -(-len(others) // round(1 / _SAMPLED))]
-    ]
-    # The most promising first.
-    first = promising.nonzero()[:, 0]
-    order = torch.cat([first[lost[first, 0].abs().argsort(descending=True)], drawn]).tolist()
-    known = torch.zeros(count, dtype=torch.bool)
-    at = torch.stack(asked.at_sample, 1).double().cpu()
+    first, others = promise.argsort(descending=True).split([many, count - many])
+    drawn = others[torch.randperm(len(others), generator=run.generator(_DRAW))]
+    drawn = drawn[: max(_LEAST, round(_SAMPLED * len(others)))]
+    order, known = torch.cat([drawn, first]), torch.zeros(count, dtype=torch.bool)
+    guessed, at = lost.abs(), torch.stack(asked.at_sample, 1).double().cpu()
 
     def ask(start: int, stop: int) -> None:
+        if start > len(drawn) and _settled(lost.abs()[known], guessed[known], guessed[order[start:]], top):
+            return
         some = order[start:stop]
-        each = [stream.make(i, i + 1) for i in some]
-        given = [patches(masks, range(i, i + 1)) for i, masks in zip(some, each, strict=True)]
+        each = [stream.make(i, i + 1) for i in some.tolist()]
+        given = [patches(masks, range(i, i + 1)) for i, masks in zip(some.tolist(), each, strict=True)]
         values = asked.values(torch.cat(given), torch.cat([masks.low for masks in each]))
         lost[some], known[some] = at - torch.stack(values, 1).double().cpu(), True
         show(lost[:, 0], known)
 
     run.chunks(len(order), asked.size).map(ask, title, anytime=True)
-    return Strongest(lost, known, _said(lost[:, 0].abs(), promising & known, drawn[known[drawn]], top))
+    sampled = torch.zeros_like(known)
+    sampled[drawn] = True
+    return Strongest(lost, known, _said(lost[:, 0].abs(), known, sampled & known, top))
 
 
-def _said(lost: Tensor, promising: Tensor, drawn: Tensor, top: int) -> str:
+def _settled(found: Tensor, guessed: Tensor, left: Tensor, top: int) -> bool:
+    """Whether none of those `left` (L, T) is likely to be among the `top` strongest, judged by how well those that were
+    asked about (M, T) had been `guessed`."""
+    if len(found) < max(top, _LEAST):
+        return False
+    slope = (found * guessed).sum(0) / guessed.square().sum(0).clamp_min(1e-300)
+    missed = (found - slope * guessed).abs().amax(0)
+    return bool((slope * left.amax(0) + missed < found.topk(top, 0).values[-1]).all())
+
+
+def _said(lost: Tensor, known: Tensor, drawn: Tensor, top: int) -> str:
     """How much may have been missed, judged by those that were `drawn` of what promised little."""
-    count, rest = len(lost), int((~promising).sum())
-    text = f"{int(promising.sum()) + len(drawn)} of {count} windows were asked about; the others are estimates."
-    if len(drawn) < 2:
+    count, others, sample = len(lost), ~known | drawn, lost[drawn]
+    text = f"{int(known.sum())} of {count} windows were asked about; the others are estimates."
+    if len(sample) < 2:
         return text
-    missed, half = rest * float(lost[drawn].mean()), 1.96 * rest * float(lost[drawn].std()) / len(drawn) ** 0.5
-    whole = missed + float(lost[promising].sum())
-    weakest = lost[promising].topk(min(top, int(promising.sum()))).values[-1]
-    stronger = float((lost[drawn] > weakest).double().mean())
+    rest = int(others.sum())
+    missed, half = rest * float(sample.mean()), 1.96 * rest * float(sample.std()) / len(sample) ** 0.5
+    whole = missed + float(lost[known & ~drawn].sum())
+    least = lost[known].topk(min(top, int(known.sum()))).values[-1]
+    stronger = int((sample >= least).sum())
     return (
-        f"{text} Judged by {len(drawn)} of them drawn at random, the windows that promised little hold "
-        f"{missed / whole:.0%} ± {half / whole:.0%} of all that windows lose, and {stronger:.0%} of them belong among "
-        f"the {top} strongest."
+        f"{text} Judged by {len(sample)} drawn at random, those that promised little hold {missed / whole:.0%} "
+        f"± {half / whole:.0%} of all that windows lose, and {stronger} of the {len(sample)} belong among the {top} "
+        "strongest."
     )
