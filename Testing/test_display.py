@@ -367,6 +367,13 @@ def test_slice_views_have_the_map_over_its_scan_at_its_peak(app):
     np.testing.assert_allclose([view.GetSliceToRAS().GetElement(i, 3) for i in range(3)], at[:3])
 
 
+def test_the_peak_of_a_plateau_is_in_its_middle(app):
+    data = torch.zeros(1, *SIZE)
+    data[0, 2:5, 4:11, 8:15] = 3
+    _, made = add(data, True)
+    np.testing.assert_allclose(geometry.peak(made), (geometry.ijkToWorld(made) @ (11, 7, 3, 1))[:3])
+
+
 def test_cloud_is_as_dense_as_the_map_is_strong(app):
     _, made = add(blob(True), True)
     node = display.render(made)

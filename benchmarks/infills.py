@@ -34,7 +34,7 @@ from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import CLASSES, HU_RANGE, SPACING_MM, synthesise
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "infills.json"
+RESULTS = ROOT / "benchmarks" / "results" / "infills" / "nodules.json"
 PAGE, PICTURE = ROOT / "docs" / "infills.md", ROOT / "docs" / "images" / "infills.png"
 
 SEED, OF_EACH_CLASS = 701, 5
@@ -123,6 +123,7 @@ def main() -> None:
 def keep(found: Sequence[Mapping[str, Any]]) -> None:
     """Write the results."""
     text = json.dumps({"seed": SEED, "machine": measure.machine(), "rows": found}, indent=1)
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(text + "\n", encoding="utf-8")
 
 

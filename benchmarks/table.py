@@ -8,7 +8,7 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
-CURVES = RESULTS / "curves"
+CURVES, SCANS = RESULTS / "curves", RESULTS / "whole_scan"
 
 INTRODUCTION = """# Benchmarks
 
@@ -28,6 +28,7 @@ def write() -> None:
     """Write the page from all results and curves."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
     parts = [INTRODUCTION, *(section(result) for result in found)]
+    parts += [whole_scan(json.loads(p.read_text(encoding="utf-8"))) for p in sorted(SCANS.glob("*.json"))]
     curves = sorted(CURVES.glob("*.csv"))
     if curves:
         parts += ["## How costs grow\n", *(_curve(path) for path in curves)]
@@ -44,6 +45,29 @@ def _curve(path: Path) -> str:
     """A curve, whose file begins with a line that says what it is of."""
     caption = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     return f"![{path.stem}]({figure(path.stem).relative_to(PAGE.parent)})\n\n{caption}\n"
+
+
+def whole_scan(result: dict[str, Any]) -> str:
+    """What `benchmarks.whole_scan` found of a scan."""
+    rows = result["rows"]
+    lines = [
+        f"## Occlusion of a whole scan: {result['scan']}",
+        "",
+        f"The network that ships for segmenting nodules, whose window slides over the scan; {result['boxes']} boxes of "
+        f"{' x '.join(map(str, result['box']))} voxels are covered, one at a time. Only windows that a box touches and "
+        "that the target looks at are asked again. **naive**: inference of the whole scan for every box, tried on some "
+        "of them; **difference**: from that, relative to the value.",
+        "",
+        "| target | boxes | windows asked | naive | times fewer | difference | wall (s) | naive, estimated (s) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        target, where = name.split(", ")
+        lines.append(
+            f"| {target} | {where} | {row['calls']} | {row['naive calls']} | {row['fewer calls']:.0f} | "
+            f"{row['largest difference, relative']:.1g} | {row['seconds']:.0f} | {row['naive seconds']:.0f} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def section(result: dict[str, Any]) -> str:

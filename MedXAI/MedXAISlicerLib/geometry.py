@@ -34,8 +34,10 @@ def transformBetween(fromNode, toNode):
 
 
 def peak(mapNode):
-    """The point in RAS mm of the scene that speaks most for the target; where nothing does, most against it."""
+    """The point in RAS mm of the scene that speaks most for the target; where nothing does, most against it. Of several
+    that do as much, as in a supervoxel, the one nearest to their middle."""
     array = slicer.util.arrayFromVolume(mapNode)
-    strongest = array.argmax() if array.max() > 0 else np.abs(array).argmax()
-    k, j, i = np.unravel_index(strongest, array.shape)
+    array = array if array.max() > 0 else np.abs(array)
+    top = np.argwhere(array == array.max())
+    k, j, i = top[np.square(top - top.mean(0)).sum(1).argmin()]
     return (ijkToWorld(mapNode) @ (i, j, k, 1))[:3].tolist()
