@@ -241,6 +241,25 @@ def test_a_network_that_takes_another_way_is_noticed() -> None:
     assert isinstance(incremental(question_of(Fickle(), x), stream_of(x), ones), Plain)
 
 
+def test_changes_that_take_another_way_are_asked_as_a_whole() -> None:
+    """A network that does something else where there is something bright."""
+    torch.manual_seed(0)
+
+    class Choosing(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.max() < 20 else x.clamp(max=1))
+
+    x, low = torch.randn(1, 2, *SIZE), places(SIZE, BOX, 3)
+    question = question_of(Choosing(nn.Conv3d(2, 3, 3)), x)
+    patches = torch.randn(3, 2, *BOX)
+    patches[1] += 30
+    with torch.no_grad():
+        asked = Incremental(question)
+        for some in (slice(0, 1), slice(0, 3)):
+            (found,) = asked.values(patches[some], low[some])
+            torch.testing.assert_close(found, Plain(question).values(patches[some], low[some])[0])
+
+
 def test_a_wrong_answer_is_noticed_said_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that forgets the halo: found out on the first use, and the map is right all the same."""
     torch.manual_seed(0)

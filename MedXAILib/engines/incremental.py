@@ -33,7 +33,6 @@ _ABOUT = frozenset(
     "rand_like randn_like new_zeros new_ones new_full new_empty new_tensor repr format hash".split()
 )
 
-
 # How many changes are also asked about as whole samples, and by how many roundings their answers may differ.
 _TRIED, _ROUNDING = 2, 100
 
@@ -321,7 +320,11 @@ class Incremental(Evaluator):
         order = sorted(range(len(low)), key=low.minimum(beyond).tolist().__getitem__)
         back = torch.tensor(order).argsort().to(patches.device)
         change = Change(patches[order], low[order])
-        return [value[back] for value in look_again(self.question, self.looked, change, self.together)[0]]
+        try:
+            found, _ = look_again(self.question, self.looked, change, self.together)
+        except Diverged:
+            return Plain(self.question, self.at_sample).values(patches, low)
+        return [value[back] for value in found]
 
     def pays(self, patches: Tensor, low: Tensor) -> bool:
         """Whether asking about one change takes so much less work than about a whole sample that it is worth it, and
