@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import MedXAILib as mx
 from MedXAILib.engines import screening
-from MedXAILib.engines.incremental import Cut, Incremental, Looked, Step
+from MedXAILib.engines.incremental import Incremental
+from MedXAILib.engines.looking import Cut, Looked, Step
 from MedXAILib.engines.screening import cut_of
 from MedXAILib.engines.windows import windows
 from MedXAILib.explainer import Question

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from MedXAILib.engines.boxes import cut as boxes
 from MedXAILib.engines.changes import Change
-from MedXAILib.engines.incremental import Changing, Cut, Incremental, Looked, Looking, Reached, together
+from MedXAILib.engines.incremental import Incremental, together
+from MedXAILib.engines.looking import Changing, Cut, Looked, Looking, Reached
 from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.engines.perturbation import changed, evaluator
 from MedXAILib.engines.seeing import intercepting

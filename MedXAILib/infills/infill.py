@@ -29,3 +29,14 @@ class Infill(ABC):
     def patches(self, masks: Masks, draws: Sequence[int]) -> Tensor:
         """For each of M masks what stands in its box instead, (M, C, *box); `draws` says which draw of a random one.
         Voxels of which a mask takes nothing are of no interest."""
+
+
+class Later(Infill):
+    """Another infill, its draws counted from number `first` on."""
+
+    def __init__(self, infill: Infill, first: int) -> None:
+        super().__init__(infill.question)
+        self.infill, self.first = infill, first
+
+    def patches(self, masks: Masks, draws: Sequence[int]) -> Tensor:
+        return self.infill.patches(masks, [self.first + draw for draw in draws])

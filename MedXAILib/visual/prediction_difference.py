@@ -7,7 +7,7 @@ visually pleasing explanations of deep neural networks", 2020.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from math import log
 from typing import ClassVar, Literal
@@ -22,7 +22,7 @@ from MedXAILib.engines.perturbation import perturb
 from MedXAILib.engines.shapley import student
 from MedXAILib.explainer import Attribution, Question, Taxonomy, perturbation
 from MedXAILib.infills.choice import InfillChoice, infill
-from MedXAILib.infills.infill import Infill
+from MedXAILib.infills.infill import Later
 from MedXAILib.target import Target
 from MedXAILib.visual.log_odds import LogOdds, log_odds
 from MedXAILib.visual.perturbing import Perturbing
@@ -87,7 +87,7 @@ class PredictionDifference(Perturbing):
                     found[-1].take(start, torch.stack([_likely(bound.target, value) for bound, value in pairs]))
                     question.show(lambda: so_far(0).values)
 
-                perturb(asked, stream, _From(drawing, first), take, title)
+                perturb(asked, stream, Later(drawing, first), take, title)
                 first += stream.count
                 if question.run.unfinished:
                     break
@@ -167,17 +167,6 @@ class _Drawn:
         error = (away.square().sum(1) / (counts - 1) / counts).sqrt()
         wide = {n: student(n - 1) for n in set(counts.tolist())}
         return error * torch.tensor([wide[n] for n in counts.tolist()], dtype=torch.float64)
-
-
-class _From(Infill):
-    """Another infill, its draws counted from `first`: those for parts of one size are not those for another."""
-
-    def __init__(self, drawing: Infill, first: int) -> None:
-        super().__init__(drawing.question)
-        self.drawing, self.first = drawing, first
-
-    def patches(self, masks: Masks, draws: Sequence[int]) -> Tensor:
-        return self.drawing.patches(masks, [self.first + draw for draw in draws])
 
 
 def _likely(target: Target, value: Tensor) -> Tensor:

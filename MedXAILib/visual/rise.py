@@ -17,7 +17,7 @@ from MedXAILib.engines.perturbation import perturb
 from MedXAILib.engines.smooth_masks import SmoothMasks
 from MedXAILib.explainer import Attribution, Question, Taxonomy, perturbation
 from MedXAILib.infills.choice import infill
-from MedXAILib.infills.infill import Infill
+from MedXAILib.infills.infill import Later
 from MedXAILib.visual.perturbing import Perturbing
 
 # Cells along each side, unless their size is given.
@@ -77,7 +77,7 @@ class RISE(Perturbing):
         while True:
             until = min(max(_FIRST, until * _MORE), self.samples)
             more = self._stream(question, smooth, found.count, int(until) - found.count)
-            perturb(question, more, _Later(chosen, found.count), take, f"{self.title}: {int(until)} masks")
+            perturb(question, more, Later(chosen, found.count), take, f"{self.title}: {int(until)} masks")
             maps = [found.attribution(t) for t in range(len(question.targets))]
             if found.count == self.samples or self._settled(maps) or question.run.unfinished:
                 break
@@ -154,14 +154,3 @@ class _Covariance:
         half = 1.96 * ((square - covariance.square()).clamp_min(0) / n).sqrt()
         scale = self.keep * (1 - self.keep)
         return Attribution(covariance / scale, interval=half / scale)
-
-
-class _Later(Infill):
-    """Another infill's draws from number `first` on."""
-
-    def __init__(self, infill: Infill, first: int) -> None:
-        super().__init__(infill.question)
-        self.infill, self.first = infill, first
-
-    def patches(self, masks: Masks, draws: Sequence[int]) -> Tensor:
-        return self.infill.patches(masks, [self.first + draw for draw in draws])
