@@ -164,6 +164,7 @@ def test_two_dimensional_networks() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     for method in (m for m in mx.methods() if not m.startswith("attention_")):
-        made = mx.explain(mx.Model(network), image, method, target=1)
+        asking = {"within": ((-10.0, -10.0), (-5.0, -5.0))} if method == "counterfactual_infill" else {}
+        made = mx.explain(mx.Model(network), image, method, target=1, **asking)
         assert made.data.shape == (1, 24, 30)
         assert made.to_sitk().GetSpacing() == image.GetSpacing()

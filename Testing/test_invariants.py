@@ -132,14 +132,18 @@ def test_batch_of_many_is_many_of_one(monai_case: tuple[str, mx.Model, Tensor], 
     if name == "swinunetr":
         pytest.skip("takes long, and its blocks are those of vit and segresnet")
     other = torch.randn_like(x) * 0.5
-    # Leave the class open: each sample is explained for what is predicted for it.
-    target = 1 if model.task == "segmentation" else None
+    # Leave the class open: each sample is explained for what is predicted for it. Where a label is predicted is not:
+    # these networks have learnt nothing, and rounding, which differs with the batch, decides in many a voxel.
+    target = (
+        mx.SegmentationTarget(1, ((-30.0, -30.0, 0.0), (30.0, 30.0, 9.0))) if model.task == "segmentation" else None
+    )
     both = explain(model, torch.cat([x, other]), method, target=target)
     alone = [explain(model, one, method, target=target).data for one in (x[0], other[0])]
     assert both.data.shape[0] == 2
     for sample, single in zip(both.data, alone, strict=True):
-        # Guided backpropagation has a kink of its own at every activation.
-        assert_near(sample, single, within=5e-3 if "guided" in method else 1e-3)
+        # Guided backpropagation has a kink of its own at every activation, and of four points each weighs much.
+        within = 2e-2 if method == "gradient_shap" else 5e-3 if "guided" in method else 1e-3
+        assert_near(sample, single, within=within)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -101,14 +101,14 @@ CURVES = {
         f"volume. The loop's time is that for {SOME} windows drawn from all, times their number.",
         "voxels per side",
         "processor time (s)",
-        (48, 64, 80, 96, 112, 128, 160),
+        (48, 64, 80, 96, 128),
         _at_size,
     ),
     "occlusion-windows": Curve(
-        "The same at 96 voxels per side, against the stride, from 64 windows (32) to 1331 (8).",
+        "The same at 96 voxels per side, against the stride, from 64 windows (32) to 512 (12).",
         "stride (voxels)",
         "processor time (s)",
-        (32, 16, 12, 8),
+        (32, 16, 12),
         _at_stride,
     ),
     "shapley-supervoxels": Curve(
