@@ -120,7 +120,8 @@ def strongest(
     drawn = others[torch.randperm(len(others), generator=run.generator(_DRAW))]
     drawn = drawn[: max(_LEAST, round(_SAMPLED * len(others)))]
     order, known = torch.cat([drawn, first]), torch.zeros(count, dtype=torch.bool)
-    guessed, at = lost.abs(), torch.stack(asked.at_sample, 1).double().cpu()
+    estimates, at = lost.clone(), torch.stack(asked.at_sample, 1).double().cpu()
+    guessed = estimates.abs()
 
     def ask(start: int, stop: int) -> None:
         if start > len(drawn) and _settled(lost.abs()[known], guessed[known], guessed[order[start:]], top):
@@ -133,6 +134,9 @@ def strongest(
         show(lost[:, 0], known)
 
     run.chunks(len(order), asked.size).map(ask, title, anytime=True)
+    # Estimates are too large where much saturates: those that were asked about tell by how much.
+    scale = (lost * estimates)[known].sum(0) / estimates[known].square().sum(0).clamp_min(1e-300)
+    lost[~known] = estimates[~known] * scale
     sampled = torch.zeros_like(known)
     sampled[drawn] = True
     return Strongest(lost, known, _said(lost[:, 0].abs(), known, sampled & known, top))
