@@ -101,14 +101,14 @@ CURVES = {
         f"volume. The loop's time is that for {SOME} windows drawn from all, times their number.",
         "voxels per side",
         "processor time (s)",
-        (48, 64, 80, 96, 128),
+        (48, 64, 80, 96),
         _at_size,
     ),
     "occlusion-windows": Curve(
-        "The same at 96 voxels per side, against the stride, from 64 windows (32) to 512 (12).",
+        "The same at 96 voxels per side, against the stride, from 64 windows (32) to 343 (14).",
         "stride (voxels)",
         "processor time (s)",
-        (32, 16, 12),
+        (32, 20, 16, 14),
         _at_stride,
     ),
     "shapley-supervoxels": Curve(
