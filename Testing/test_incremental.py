@@ -304,7 +304,7 @@ def test_changes_that_stay(build: Callable[[], nn.Module]) -> None:
     with torch.no_grad():
         question.values(question.x)
         given = now.clone()
-        chain = Chain(question, given)
+        chain = Chain(question, given, together)
         for step in range(6):
             box = tuple((torch.randint(3, 9, (3,), generator=generator)).tolist())
             low = places(SIZE, box, 12)[2 * step : 2 * step + 3] if step < 4 else places(SIZE, box, 9)[step : step + 3]

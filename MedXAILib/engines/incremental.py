@@ -89,15 +89,16 @@ class Incremental(Evaluator):
 
 
 class Chain:
-    """Samples that begin as `start` (M, C, *spatial) and change step by step: every change stays."""
+    """Samples that begin as `start` (M, C, *spatial) and change step by step, so many looked at `together`: every change
+    stays."""
 
-    def __init__(self, question: Question, start: Tensor) -> None:
-        self.question = question
+    def __init__(self, question: Question, start: Tensor, together: int = 1) -> None:
+        self.question, self.together = question, together
         self.looked, _ = look(question, start.clone())
 
     def step(self, patches: Tensor, low: Tensor) -> list[Tensor]:
         """Put `patches` (M, C, *box) at `low` (M, rank); each target's value (M,) then."""
-        values, mode = look_again(self.question, self.looked, Change(patches, low))
+        values, mode = look_again(self.question, self.looked, Change(patches, low), self.together)
         kept = self.looked.kept
         for number, what in mode.now.items():
             if isinstance(what, Tensor):

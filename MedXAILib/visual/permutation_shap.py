@@ -7,6 +7,7 @@ walked backwards, as in Mitchell et al., "Sampling permutations for Shapley valu
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -92,7 +93,7 @@ class _Walks:
         self, question: Question, supervoxels: Supervoxels, infill: Infill, title: str, asked: Evaluator
     ) -> None:
         self.question, self.supervoxels, self.infill, self.title = question, supervoxels, infill, title
-        self.chain = Chain if isinstance(asked, Incremental) else _Chain
+        self.chain = partial(Chain, together=asked.together) if isinstance(asked, Incremental) else _Chain
         self.whole = _stacked(asked.at_sample)
         self.empty: Tensor | None = None
         self.brought: list[Tensor] = []
