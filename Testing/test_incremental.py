@@ -292,10 +292,12 @@ def test_occlusion_asks_for_a_fraction_of_the_multiplications() -> None:
     assert work(12.0) == (1 + 8) * one
 
 
-@pytest.mark.parametrize(
-    "build", [lambda: Head(nn.Conv3d(2, 3, 3), nn.ReLU(), nn.Conv3d(3, 2, 3)), WHOLE["resnet18"][0]]
-)
-def test_changes_that_stay(build: Callable[[], nn.Module]) -> None:
+def _three() -> nn.Module:
+    return Head(nn.Conv3d(2, 3, 3), nn.ReLU(), nn.Conv3d(3, 2, 3))
+
+
+@pytest.mark.parametrize("build, together", [(_three, 1), (_three, 2), (WHOLE["resnet18"][0], 3)])
+def test_changes_that_stay(build: Callable[[], nn.Module], together: int) -> None:
     """Samples that change step by step say what whole samples say, after each step."""
     torch.manual_seed(0)
     now = torch.randn(3, 2, *SIZE)

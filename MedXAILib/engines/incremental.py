@@ -89,8 +89,8 @@ class Incremental(Evaluator):
 
 
 class Chain:
-    """Samples that begin as `start` (M, C, *spatial) and change step by step, so many looked at `together`: every change
-    stays."""
+    """Samples that begin as `start` (M, C, *spatial), so many looked at `together`, and change step by step: every
+    change stays."""
 
     def __init__(self, question: Question, start: Tensor, together: int = 1) -> None:
         self.question, self.together = question, together
