@@ -89,9 +89,7 @@ class Question:
 
     def _values(self, x: Tensor) -> list[Tensor]:
         if not self.bound and not torch.equal(x[: len(self.x)], self.x):
-            # What is predicted, and where, is a matter of the sample itself and not of a changed one.
-            with torch.no_grad():
-                self.values(self.x)
+            self.bind()
         read = read_layers(self.model, x, [target.layer for target in self.targets])
         self.run.cost.forwards += len(x)
         if self.run.precision is not None:
@@ -100,11 +98,16 @@ class Question:
             self.bound = [t.bind(self.model, read[t.layer][: len(self.x)], self.seen) for t in self.targets]
         return [bound.value(read[bound.target.layer]) for bound in self.bound]
 
-    def alone(self) -> Iterator[Question]:
-        """Each sample as a question of its own."""
+    def bind(self) -> None:
+        """Settle what each target is. What is predicted, and where, is a matter of the samples themselves and not of
+        changed ones."""
         if not self.bound:
             with torch.no_grad():
                 self.values(self.x)
+
+    def alone(self) -> Iterator[Question]:
+        """Each sample as a question of its own."""
+        self.bind()
         if len(self.x) == 1:
             yield self
             return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from MedXAILib.engines.masks import Masks
+from MedXAILib.engines.masks import Masks, Stream
 
 # Pieces smaller than this share of a supervoxel's own size join a neighbour.
 _LEAST = 0.125
@@ -45,6 +45,16 @@ class Supervoxels:
         parts = [self.labels[tuple(slice(a, a + b) for a, b in zip(at, box, strict=True))] for at in low.tolist()]
         taken = self._with_rest(absent, like).gather(1, torch.stack(parts).flatten(1))
         return Masks(low, taken.reshape(len(absent), 1, *box))
+
+    def alone(self, which: Tensor, like: Tensor) -> Masks:
+        """Masks that each take away one of them, `which` (M,), in boxes of one size."""
+        box, low = self.boxes()
+        absent = functional.one_hot(which, self.count).to(self.labels.device)
+        return self.masks_in(box, low[which], absent, like)
+
+    def one_by_one(self, like: Tensor) -> Stream:
+        """All of them, `alone`."""
+        return Stream(self.count, self.boxes()[0], lambda start, stop: self.alone(torch.arange(start, stop), like))
 
     @staticmethod
     def _with_rest(absent: Tensor, like: Tensor) -> Tensor:

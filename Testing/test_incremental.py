@@ -20,6 +20,7 @@ from MedXAILib.engines.incremental import Chain, Incremental, incremental
 from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.engines.perturbation import Plain
 from MedXAILib.explainer import Question
+from MedXAILib.infills.fixed import Fixed
 
 SIZE = (40, 34, 27)
 BOX = (6, 5, 4)
@@ -206,13 +207,11 @@ def test_a_global_operator_at_the_beginning_is_not_worth_it() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 2, *SIZE)
 
-    def zeros(masks: Masks, _draws: range) -> Tensor:
-        return x.new_zeros(len(masks), 2, *masks.box)
-
     with torch.no_grad():
         network = nn.Sequential(nn.InstanceNorm3d(2), nn.Conv3d(2, 4, 3), nn.ReLU())
-        assert isinstance(incremental(question_of(Head(*network), x), stream_of(x), zeros), Plain)
-        found = incremental(question_of(Head(*network[1:]), x), stream_of(x), zeros)
+        question, other = question_of(Head(*network), x), question_of(Head(*network[1:]), x)
+        assert isinstance(incremental(question, stream_of(x), Fixed(question, torch.zeros_like(x))), Plain)
+        found = incremental(other, stream_of(x), Fixed(other, torch.zeros_like(x)))
     assert isinstance(found, Incremental) and found.size > 1
 
 
@@ -235,10 +234,8 @@ def test_a_network_that_takes_another_way_is_noticed() -> None:
             self.asked += 1
             return (x.relu() if self.asked % 3 == 0 else x).mean((2, 3, 4))
 
-    def ones(masks: Masks, _draws: range) -> Tensor:
-        return x.new_ones(len(masks), 2, *masks.box)
-
-    assert isinstance(incremental(question_of(Fickle(), x), stream_of(x), ones), Plain)
+    question = question_of(Fickle(), x)
+    assert isinstance(incremental(question, stream_of(x), Fixed(question, torch.ones_like(x))), Plain)
 
 
 def test_changes_that_take_another_way_are_asked_as_a_whole() -> None:

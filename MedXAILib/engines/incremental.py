@@ -3,17 +3,16 @@ computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from MedXAILib.engines.changes import Change
 from MedXAILib.engines.looking import Diverged, look, look_again, paste
-from MedXAILib.engines.masks import Masks, Stream
-from MedXAILib.engines.perturbation import Evaluator, Plain, filled
+from MedXAILib.engines.masks import Stream
+from MedXAILib.engines.perturbation import Evaluator, Plain, changed, filled
 from MedXAILib.engines.seeing import Unseen
 from MedXAILib.explainer import Question
+from MedXAILib.infills.infill import Infill
 from MedXAILib.run import out_of_memory
 
 # How many changes are also asked about as whole samples, and by how many roundings their answers may differ.
@@ -48,7 +47,7 @@ class Incremental(Evaluator):
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.looked, self.at_sample = look(question, question.x)
+        self.at_sample, self.looked = question.values(question.x), look(question, question.x)
         self.size = self.together = 1
         self.work: list[float] = []
         """About how many multiplications each step took of the change that was tried last."""
@@ -62,7 +61,7 @@ class Incremental(Evaluator):
         try:
             found, _ = look_again(self.question, self.looked, change, self.together)
         except Diverged:
-            return Plain(self.question, self.at_sample).values(patches, low)
+            return Plain(self.question).values(patches, low)
         return [value[back] for value in found]
 
     def pays(self, patches: Tensor, low: Tensor) -> bool:
@@ -94,7 +93,7 @@ class Chain:
 
     def __init__(self, question: Question, start: Tensor, together: int = 1) -> None:
         self.question, self.together = question, together
-        self.looked, _ = look(question, start.clone())
+        self.looked = look(question, start.clone())
 
     def step(self, patches: Tensor, low: Tensor) -> list[Tensor]:
         """Put `patches` (M, C, *box) at `low` (M, rank); each target's value (M,) then."""
@@ -108,8 +107,8 @@ class Chain:
         return values
 
 
-def incremental(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Evaluator:
-    """The cheap way to ask about the masks of a `stream`, of which `patches` are made; or, where the network looks at
+def incremental(question: Question, stream: Stream, infill: Infill) -> Evaluator:
+    """The cheap way to ask about the masks of a `stream` with an `infill`; or, where the network looks at
     all of the sample at once or cannot be looked into, the plain one.
 
     It is tried on random masks first, and must say of them what the network says of whole samples.
@@ -123,15 +122,14 @@ def incremental(question: Question, stream: Stream, patches: Callable[[Masks, ra
         if not out_of_memory(error):
             raise
         return Plain(question)
-    plain = Plain(question, asked.at_sample)
-    looked = asked.looked
+    plain, looked = Plain(question), asked.looked
     of_local = sum(step.work for step in looked.steps if step.local is not None)
     if of_local < (1 - _WORTH) * looked.work or looked.nbytes > _KEPT * run.budget(question.x.device):
         return plain
     try:
         for i in torch.randperm(stream.count, generator=run.generator(_DRAW))[:_TRIED].tolist():
             masks = stream.make(i, i + 1)
-            if not asked.pays(patches(masks, range(i, i + 1)), masks.low):
+            if not asked.pays(changed(question.x, masks, infill, [i]), masks.low):
                 return plain
     except Diverged as error:
         run.note(f"{error} So whole scans were asked about, which takes longer.")

@@ -247,19 +247,18 @@ class Reached(Exception):
     """As far as somebody wanted to go."""
 
 
-def look(question: Question, x: Tensor) -> tuple[Looked, list[Tensor]]:
-    """What the network does with samples `x` (M, C, *spatial), and each target's value (M,).
+def look(question: Question, x: Tensor) -> Looked:
+    """What the network does with samples `x` (M, C, *spatial).
 
     Raises:
         Unseen: when a part of it is out of sight.
     """
-    if not question.bound:
-        # To find out what a target is takes other operators than its value.
-        question.values(question.x)
+    # To find out what a target is takes other operators than its value.
+    question.bind()
     mode = Looking()
     with intercepting(question.model, mode):
-        values = question.values(mode.start(x))
-    return mode.looked, values
+        question.values(mode.start(x))
+    return mode.looked
 
 
 def look_again(question: Question, looked: Looked, change: Change, together: int = 1) -> tuple[list[Tensor], Changing]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from MedXAILib.engines.masks import Masks
 from MedXAILib.engines.windows import add, windows
@@ -43,10 +42,7 @@ def supervoxel_parts(x: Tensor, spacing: Sequence[float], size_mm: float | None)
     everywhere = np.ones(x.shape[2:], dtype=bool)
     size = automatic_size(x.shape[2:], spacing, 1.0) if size_mm is None else size_mm
     made = numbered(slic(x[0].float().cpu().numpy(), spacing, size, 1.0, everywhere), everywhere)
-    box, low = made.boxes()
     there = replace(made, labels=made.labels.to(x.device))
-
-    def masks(which: Tensor) -> Masks:
-        return there.masks_in(box, low[which], functional.one_hot(which, made.count).to(x.device), x)
-
-    return Parts(made.count, box, masks, lambda values: values[made.labels][None, None])
+    return Parts(
+        made.count, made.boxes()[0], lambda which: there.alone(which, x), lambda values: values[made.labels][None, None]
+    )

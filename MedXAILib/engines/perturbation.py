@@ -34,11 +34,11 @@ class Evaluator(ABC):
 
 
 class Plain(Evaluator):
-    """Asks the network about whole samples. What it says of the sample as it is may be known."""
+    """Asks the network about whole samples."""
 
-    def __init__(self, question: Question, at_sample: list[Tensor] | None = None) -> None:
+    def __init__(self, question: Question) -> None:
         self.question, x = question, question.x
-        self.at_sample = question.values(x) if at_sample is None else at_sample
+        self.at_sample = question.values(x)
         # Without gradients a forward holds little more than a few layers: count the input sixteen times.
         self.size = question.run.fitting(64 * x.numel(), x[:, 0].numel(), x.device)
 
@@ -55,8 +55,8 @@ def filled(x: Tensor, patches: Tensor, low: Tensor) -> Tensor:
     return whole
 
 
-def evaluator(question: Question, stream: Stream, patches: Callable[[Masks, range], Tensor]) -> Evaluator:
-    """The cheapest way to ask about the masks of a `stream`, of which `patches` are made."""
+def evaluator(question: Question, stream: Stream, infill: Infill) -> Evaluator:
+    """The cheapest way to ask about the masks of a `stream` with an `infill`."""
     from MedXAILib.engines.by_window import ByWindow
     from MedXAILib.engines.incremental import incremental
     from MedXAILib.engines.whole_scan import WholeScan
@@ -65,7 +65,7 @@ def evaluator(question: Question, stream: Stream, patches: Callable[[Masks, rang
         return ByWindow(question, stream.box)
     if stream.box == tuple(question.x.shape[2:]) or stream.count < _MANY:
         return Plain(question)
-    return incremental(question, stream, patches)
+    return incremental(question, stream, infill)
 
 
 def changed(x: Tensor, masks: Masks, infill: Infill, draws: Sequence[int]) -> Tensor:
@@ -79,15 +79,12 @@ def perturb(question: Question, stream: Stream, infill: Infill, take: Take, mess
     Returns each target's value (1,) of the sample as it is, and how many masks were asked.
     """
     with torch.no_grad():
-
-        def patches(masks: Masks, draws: range) -> Tensor:
-            return changed(question.x, masks, infill, draws)
-
-        asked = evaluator(question, stream, patches)
+        asked = evaluator(question, stream, infill)
 
         def work(start: int, stop: int) -> None:
             masks = stream.make(start, stop)
-            take(start, masks, asked.values(patches(masks, range(start, stop)), masks.low))
+            patches = changed(question.x, masks, infill, range(start, stop))
+            take(start, masks, asked.values(patches, masks.low))
 
         done = question.run.chunks(stream.count, asked.size).map(work, message, anytime=True)
     return asked.at_sample, done

@@ -18,7 +18,7 @@ from MedXAILib.engines.boxes import cut as boxes
 from MedXAILib.engines.changes import Change
 from MedXAILib.engines.incremental import Incremental, together
 from MedXAILib.engines.looking import Changing, Cut, Looked, Looking, Reached
-from MedXAILib.engines.masks import Masks, Stream
+from MedXAILib.engines.masks import Stream
 from MedXAILib.engines.perturbation import changed, evaluator
 from MedXAILib.engines.seeing import intercepting
 from MedXAILib.explainer import Question
@@ -98,11 +98,7 @@ def strongest(
     """The `top` masks of a `stream` that change a target most, found by asking about few of them; None where all have
     to be asked, because the network looks at all of a sample at once. `show` gets what is lost (M,) of the first
     target, and where that is known (M,)."""
-
-    def patches(masks: Masks, draws: range) -> Tensor:
-        return changed(question.x, masks, infill, draws)
-
-    asked = evaluator(question, stream, patches)
+    asked = evaluator(question, stream, infill)
     if not isinstance(asked, Incremental):
         return None
     screening, run, count = Screening(asked), question.run, stream.count
@@ -110,7 +106,7 @@ def strongest(
 
     def estimate(start: int, stop: int) -> None:
         masks = stream.make(start, stop)
-        lost[start:stop] = -screening(patches(masks, range(start, stop)), masks.low)
+        lost[start:stop] = -screening(changed(question.x, masks, infill, range(start, stop)), masks.low)
 
     run.chunks(count, round(asked.size / _SPENT)).map(estimate, f"{title}: estimates")
     # Of several targets the greatest promise counts.
@@ -128,7 +124,7 @@ def strongest(
             return
         some = order[start:stop]
         each = [stream.make(i, i + 1) for i in some.tolist()]
-        given = [patches(masks, range(i, i + 1)) for i, masks in zip(some.tolist(), each, strict=True)]
+        given = [changed(question.x, masks, infill, [i]) for i, masks in zip(some.tolist(), each, strict=True)]
         values = asked.values(torch.cat(given), torch.cat([masks.low for masks in each]))
         lost[some], known[some] = at - torch.stack(values, 1).double().cpu(), True
         show(lost[:, 0], known)

@@ -9,7 +9,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from MedXAILib.errors import MedXAIError
+from MedXAILib.engines.windows import each
 from MedXAILib.explainer import Question
 
 
@@ -37,10 +37,7 @@ class SmoothMasks:
         size, spacing = tuple(question.x.shape[2:]), question.seen[0].spacing
         rank = len(size)
         lengths = tuple(cell) or ((prod(size) * prod(spacing)) ** (1 / rank) / per_side,)
-        if len(lengths) not in (1, rank):
-            raise MedXAIError(f"{len(lengths)} sizes for {rank} axes: give one, or one for each axis.")
-        each = lengths if len(lengths) == rank else lengths * rank
-        return cls(size, spacing, tuple(max(mm, step) for mm, step in zip(each, spacing, strict=True)))
+        return cls(size, spacing, tuple(max(mm, step) for mm, step in zip(each(lengths, rank), spacing, strict=True)))
 
     @property
     def nodes(self) -> tuple[int, ...]:

@@ -40,10 +40,18 @@ def voxels(mm: Sequence[float], spacing: Sequence[float]) -> tuple[int, ...]:
     Raises:
         MedXAIError: when there are neither one nor as many as axes.
     """
-    if len(mm) not in (1, len(spacing)):
-        raise MedXAIError(f"{len(mm)} sizes for {len(spacing)} axes: give one, or one for each axis.")
-    each = [mm[0]] * len(spacing) if len(mm) == 1 else mm
-    return tuple(max(1, round(m / step)) for m, step in zip(each, spacing, strict=True))
+    return tuple(max(1, round(m / step)) for m, step in zip(each(mm, len(spacing)), spacing, strict=True))
+
+
+def each(sizes: Sequence[float], rank: int) -> tuple[float, ...]:
+    """Sizes, one for each of `rank` axes or for all, as one for each.
+
+    Raises:
+        MedXAIError: when there are neither one nor as many as axes.
+    """
+    if len(sizes) not in (1, rank):
+        raise MedXAIError(f"{len(sizes)} sizes for {rank} axes: give one, or one for each axis.")
+    return tuple(sizes) * (rank // len(sizes))
 
 
 def add(total: Tensor, low: Tensor, box: Sequence[int], values: Tensor) -> None:

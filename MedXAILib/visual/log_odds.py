@@ -46,9 +46,7 @@ class LogOdds(Target):
 
 def log_odds(question: Question) -> list[LogOdds | None]:
     """For each target of `question`, which holds one sample, that of its probability, where it has one."""
-    if not question.bound:
-        with torch.no_grad():
-            question.values(question.x)
+    question.bind()
     likely = question.model.task in ("classification", "multilabel", "ordinal")
     return [
         LogOdds(of=target) if likely and isinstance(target, ClassTarget) and target.layer is None else None

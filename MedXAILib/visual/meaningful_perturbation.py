@@ -103,8 +103,7 @@ class MeaningfulPerturbation(Perturbing):
         return False
 
     def of_sample(self, question: Question) -> list[Attribution]:
-        with torch.no_grad():
-            question.values(question.x)
+        question.bind()
         chosen = infill(question, self.infill)
         return [self._of_target(one, chosen) for one in _targets(question)]
 

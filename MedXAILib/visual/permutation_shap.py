@@ -16,7 +16,6 @@ from torch import Tensor
 
 from MedXAILib.engines.boxes import cut, put
 from MedXAILib.engines.incremental import Chain, Incremental
-from MedXAILib.engines.masks import Masks, Stream
 from MedXAILib.engines.perturbation import Evaluator, changed, evaluator
 from MedXAILib.engines.shapley import EXACT, Shares, mean_shares
 from MedXAILib.explainer import Question, Taxonomy, perturbation
@@ -49,7 +48,7 @@ class PermutationSHAP(ByShares):
     def estimates(self, question: Question, supervoxels: Supervoxels, infill: Infill) -> list[Estimate]:
         if supervoxels.count <= EXACT and not infill.random:
             return self.regressed(question, supervoxels, infill, 0)
-        asked = self._asked(question, supervoxels, infill)
+        asked = evaluator(question, supervoxels.one_by_one(question.x), infill)
         walks = _Walks(question, supervoxels, infill, self.title, asked)
         generator = question.run.generator()
         orders = torch.stack([torch.randperm(supervoxels.count, generator=generator) for _ in range(self.permutations)])
@@ -68,18 +67,6 @@ class PermutationSHAP(ByShares):
         with suppress(_Ended):
             question.run.chunks(self.permutations, size // 2).map(work, self.title, anytime=True)
         return estimates_of(walks.shares())
-
-    @staticmethod
-    def _asked(question: Question, supervoxels: Supervoxels, infill: Infill) -> Evaluator:
-        """The cheapest way to ask what a supervoxel changes."""
-        box, low = supervoxels.boxes()
-        absent = torch.eye(supervoxels.count)
-
-        def make(start: int, stop: int) -> Masks:
-            return supervoxels.masks_in(box, low[start:stop], absent[start:stop], question.x)
-
-        stream = Stream(supervoxels.count, box, make)
-        return evaluator(question, stream, lambda masks, draws: changed(question.x, masks, infill, draws))
 
 
 class _Ended(Exception):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from MedXAILib.engines.masks import Masks, Stream
+from MedXAILib.engines.masks import Masks
 from MedXAILib.engines.perturbation import perturb
 from MedXAILib.explainer import Question, Taxonomy, perturbation
 from MedXAILib.infills.infill import Infill
@@ -34,20 +34,15 @@ class SupervoxelAblation(BySupervoxels):
 
     def estimates(self, question: Question, supervoxels: Supervoxels, infill: Infill) -> list[Estimate]:
         x = question.x
-        box, low = supervoxels.boxes()
-        each = torch.eye(supervoxels.count)
         at_sample = torch.stack(question.values(x), 1)
         per = _volumes(question, supervoxels) if self.per_ml else torch.ones(supervoxels.count)
         lost = torch.zeros(supervoxels.count, len(question.targets), dtype=torch.float64)
-
-        def make(start: int, stop: int) -> Masks:
-            return supervoxels.masks_in(box, low[start:stop], each[start:stop], x)
 
         def take(start: int, masks: Masks, values: list[Tensor]) -> None:
             lost[start : start + len(masks)] = (at_sample - torch.stack(values, 1)).double().cpu()
             question.show(lambda: supervoxels.painted(lost[:, 0] / per))
 
-        perturb(question, Stream(supervoxels.count, box, make), infill, take, self.title)
+        perturb(question, supervoxels.one_by_one(x), infill, take, self.title)
         return [Estimate(of_target / per) for of_target in lost.T]
 
 
