@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -182,9 +183,14 @@ class Windowed(Local):
         alone = self.looks.low == self.looks.high == (0.0,) * len(self.size)
         return not alone or set(self.looks.jump) != {1.0}
 
+    @cached_property
+    def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
+        step, first, last = (torch.tensor(side).long() for side in (self.looks.jump, self.looks.low, self.looks.high))
+        return step, first, last
+
     def __call__(self, asked: Asked, given: Sequence[Operand], before: Tensor | None) -> Change:
         (operand,) = given
-        step, first, last = (torch.tensor(side).long() for side in (self.looks.jump, self.looks.low, self.looks.high))
+        step, first, last = self._sides
         change = operand.change
         begin = -((last - change.low).div(step, rounding_mode="floor"))
         end = (_end(change) - 1 - first).div(step, rounding_mode="floor") + 1
@@ -288,13 +294,15 @@ def _fits(constant: Tensor, size: tuple[int, ...]) -> bool:
 
 def _quick(func: Callable[..., Any], input: Tensor, **named: Any) -> Tensor:
     """What a convolution or pooling gives. To a single small volume PyTorch applies its own convolution, although that
-    of oneDNN takes half of the time."""
+    of oneDNN takes half of the time; and it pools channels that lie side by side ten times as fast."""
     plain = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if "weight" in named and len(input) == 1 and input.device.type == "cpu" and plain and _HAS_ONEDNN:
         rank = input.ndim - 2
         stride, dilation = ([n] * rank if isinstance(n := named.get(k, 1), int) else n for k in ("stride", "dilation"))
         options = [0] * rank, stride, dilation, named.get("groups", 1)
         return torch.mkldnn_convolution(input, named["weight"], named.get("bias"), *options)
+    if "weight" not in named and input.ndim == 5 and input.device.type == "cpu":
+        input = input.contiguous(memory_format=torch.channels_last_3d)
     found: Tensor = func(input, **named)
     return found
 

@@ -97,8 +97,8 @@ class Chain:
 
     def step(self, patches: Tensor, low: Tensor) -> list[Tensor]:
         """Put `patches` (M, C, *box) at `low` (M, rank); each target's value (M,) then."""
-        values, mode = look_again(self.question, self.looked, Change(patches, low), self.together)
         kept = self.looked.kept
+        values, mode = look_again(self.question, self.looked, Change(patches, low), self.together, kept)
         for number, what in mode.now.items():
             if isinstance(what, Tensor):
                 kept[number] = what

@@ -7,7 +7,7 @@ right, and one that is local up to a global pooling is fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -147,16 +147,19 @@ class Looking(_Seeing):
 
 class Changing(_Seeing):
     """While this is on, a network that has `looked` at samples sees changes of them, so many `together`, until a `cut`
-    is `Reached`."""
+    is `Reached`. What becomes of the tensors with the numbers `wanted` is remembered, or of those that live there."""
 
-    def __init__(self, looked: Looked, together: int = 1, cut: Cut | None = None) -> None:
+    def __init__(
+        self, looked: Looked, together: int = 1, cut: Cut | None = None, wanted: Container[int] = frozenset()
+    ) -> None:
         super().__init__()
         self.looked, self.together, self.cut = looked, together, cut
+        self.wanted = wanted if cut is None else cut.live
         self.work: list[float] = []
         self.nbytes = 0
         """Of the largest tensor or change that was made, of one sample."""
         self.now: dict[int, Tensor | tuple[Change, ...]] = {}
-        """What has become of those that are kept, and of those that live at the cut."""
+        """What has become of those that were wanted."""
 
     def start(self, change: Change) -> Tensor:
         """A change of the input (M, C, *spatial) to follow from here on."""
@@ -225,7 +228,7 @@ class Changing(_Seeing):
     def _noted(self, number: int, what: Tensor | tuple[Change, ...]) -> None:
         values = what if isinstance(what, Tensor) else what[0].values
         self.nbytes = max(self.nbytes, values.nbytes // max(1, len(values)) if values.ndim else 0)
-        if number in self.looked.kept or (self.cut is not None and number in self.cut.live):
+        if number in self.wanted:
             self.now[number] = what
 
 
@@ -261,13 +264,15 @@ def look(question: Question, x: Tensor) -> Looked:
     return mode.looked
 
 
-def look_again(question: Question, looked: Looked, change: Change, together: int = 1) -> tuple[list[Tensor], Changing]:
-    """Each target's value (M,) of a change, so many samples `together`, and what became of the rest.
+def look_again(
+    question: Question, looked: Looked, change: Change, together: int = 1, wanted: Container[int] = frozenset()
+) -> tuple[list[Tensor], Changing]:
+    """Each target's value (M,) of a change, so many samples `together`, and what became of the tensors `wanted`.
 
     Raises:
         Diverged: when the network takes another way.
     """
-    mode = Changing(looked, together)
+    mode = Changing(looked, together, wanted=wanted)
     with intercepting(question.model, mode):
         values = question.values(mode.start(change))
         return [mode.whole(value) for value in values], mode
