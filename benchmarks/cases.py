@@ -547,21 +547,6 @@ def _occlusion(network: str, batch: int, faster: float) -> Case:
     )
 
 
-def _growth(size: int, faster: float) -> Case:
-    """All 3375 or 6859 windows would take the loop an hour: a random part of them stands for all, to which what MedXAI
-    does once for all windows is added in full."""
-    place = {"window": 16, "stride": 8, "count": 128}
-    loop = Row("pytorch", "batch 8", place | {"batch": 8})
-    return Case(
-        "Occlusion, 128 windows drawn from those every 8 voxels",
-        "SomeWindows",
-        (Row("medxai", "engine alone", place), loop),
-        (Goal("a batched loop's time over MedXAI's", _times(loop.name), "at least", faster),),
-        {"resnet18-medicalnet": size},
-        reps=2,
-    )
-
-
 _EVERY_8 = {"window": 16, "stride": 8}
 _IN_BATCHES = Row("pytorch", "batch 8", _EVERY_8 | {"batch": 8})
 _CUBES = {"size": 8}
@@ -579,21 +564,17 @@ _PERMUTATIONS = _shapley("medxai", "permutation_shap", "permutation_shap", permu
 CASES |= {
     "occlusion": _occlusion("resnet18-medicalnet", 8, 4.0),
     "occlusion-densenet": _occlusion("densenet121", 4, 3.5),
-    "occlusion-growth-128": _growth(128, 6.0),
-    "occlusion-growth-160": _growth(160, 7.0),
     "occlusion-top": Case(
-        "Occlusion, the ten best of 343 windows",
-        "Occlusion",
-        (
-            Row("medxai", "top=10", _EVERY_8 | {"top": 10}),
-            Row("medxai", "all windows", _EVERY_8),
-            _IN_BATCHES,
-        ),
+        "Occlusion, the ten strongest of 343 windows",
+        "Strongest",
+        (Row("medxai", "top=10", _EVERY_8 | {"top": 10}), _IN_BATCHES),
         (
             Goal("a batched loop's time over MedXAI's", _times(_IN_BATCHES.name), "at least", 10.0),
-            Goal("how many of the ten best places MedXAI finds", _quantity("found", "MedXAI, top=10"), "at least", 10),
+            Goal("how many of the ten MedXAI finds", _quantity("found", "MedXAI, top=10"), "at least", 10),
         ),
         {"resnet18-medicalnet": 64},
+        # Of the windows that it does not ask about, it says nothing.
+        tolerance=1.0,
         reference=replace(_IN_BATCHES, setting=""),
         best=10,
     ),

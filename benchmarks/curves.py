@@ -101,7 +101,7 @@ CURVES = {
         f"volume. The loop's time is that for {SOME} windows drawn from all, times their number.",
         "voxels per side",
         "processor time (s)",
-        (48, 64, 80, 96),
+        (48, 64, 80, 96, 128, 160),
         _at_size,
     ),
     "occlusion-windows": Curve(
@@ -148,10 +148,14 @@ def main(
 
 def keep(name: str, curve: Curve, rows: list[Values]) -> None:
     """Write the CSV file, whose first line says what it is of, and the figure."""
+    caption, (first, *others) = curve.caption, list(rows[0])[1:]
+    for other in others:
+        times = ", ".join(f"{row[other] / row[first]:.3g}" for row in rows)
+        caption += f" {other.capitalize()} over {first}: {times}."
     table.CURVES.mkdir(parents=True, exist_ok=True)
     with (table.CURVES / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         today = datetime.now(timezone.utc).date()
-        file.write(f"# {curve.caption} {machine()['processor']}, 1 thread, torch {torch.__version__}, {today}.\n")
+        file.write(f"# {caption} {machine()['processor']}, 1 thread, torch {torch.__version__}, {today}.\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

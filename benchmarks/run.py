@@ -169,8 +169,8 @@ def _distance(found: Tensor, right: Tensor) -> float:
 
 def _found(found: Tensor, right: Tensor, best: int) -> int:
     """How many of the `best` places of the `right` map are among the best of the map that was found."""
-    least = found.unique()[-best:][0]
-    return sum(bool((found[right == value] >= least).all()) for value in right.unique()[-best:])
+    one, other = (set(t.abs().flatten().topk(best).indices.tolist()) for t in (found, right))
+    return len(one & other)
 
 
 def _in_fresh_processes(count: int, name: str, row: Row, model: str, size: int, threads: int) -> dict[str, Any]:

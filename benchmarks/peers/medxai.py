@@ -15,7 +15,7 @@ from benchmarks.peers import Peer
 from MedXAILib import registry
 from MedXAILib.engines.capture import Captured
 from MedXAILib.engines.masks import Masks, Stream
-from MedXAILib.engines.perturbation import perturb
+from MedXAILib.engines.screening import strongest
 from MedXAILib.explainer import Question
 from MedXAILib.infills.fixed import Fixed
 
@@ -113,27 +113,24 @@ class Occlusion(Explain):
         super().__init__(network, layer, classes, infill="zero", **size, **parameters)
 
 
-class SomeWindows(Explain):
-    """What the engine of `occlusion` says of `count` of all windows, with everything it prepares for them."""
+class Strongest(Explain):
+    """The losses of all windows of which `occlusion` asks exactly for the `top` strongest, and zero of the others."""
 
     def __init__(
-        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, count: int
+        self, network: nn.Module, layer: str, classes: Sequence[int], window: int, stride: int, top: int
     ) -> None:
         super().__init__(network, layer, classes)
-        self.window, self.stride, self.count = window, stride, count
+        self.window, self.stride, self.top = window, stride, top
 
     def __call__(self, x: Tensor) -> Tensor:
-        low, box = torch.tensor(windows(x, self.window, self.stride, self.count)), (self.window,) * 3
-        found: list[Tensor] = []
-
-        def take(_start: int, _masks: Masks, values: list[Tensor]) -> None:
-            found.append(values[0])
-
-        with self.model.ready():
+        low, box = torch.tensor(windows(x, self.window, self.stride)), (self.window,) * 3
+        with self.model.ready(), torch.no_grad():
             (question,) = self.question(x).alone()
             stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
-            at_sample, _ = perturb(question, stream, Fixed(question, torch.zeros_like(x)), take, "occlusion")
-        return (at_sample[0] - torch.cat(found))[None, None]
+            zero = Fixed(question, torch.zeros_like(x))
+            found = strongest(question, stream, zero, self.top, lambda *_: None, "occlusion")
+        assert found is not None
+        return (found.lost[:, 0] * found.asked).to(x)[None, None]
 
 
 class _Cubes(Explain):

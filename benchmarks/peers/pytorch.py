@@ -62,6 +62,10 @@ class SomeWindows(Peer):
             return (self.network(x)[0, self.classes[0]] - torch.cat(values))[None, None]
 
 
+class Strongest(SomeWindows):
+    """The same, as the truth of which windows are strongest."""
+
+
 class Occlusion(SomeWindows):
     """The map: a voxel has the mean of its windows' losses."""
 
