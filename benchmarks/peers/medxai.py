@@ -124,7 +124,7 @@ class Strongest(Explain):
 
     def __call__(self, x: Tensor) -> Tensor:
         low, box = torch.tensor(windows(x, self.window, self.stride)), (self.window,) * 3
-        with self.model.ready(), torch.no_grad():
+        with self.model.ready():
             (question,) = self.question(x).alone()
             stream = Stream(len(low), box, lambda start, stop: Masks.boxes(low[start:stop], box, x))
             zero = Fixed(question, torch.zeros_like(x))
