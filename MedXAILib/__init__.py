@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from MedXAILib.run import Progress, Run
     from MedXAILib.similar_cases import Case, SimilarCases
     from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
+    from MedXAILib.trust.card import TrustCard, trust_card
+    from MedXAILib.trust.judged import Judged
     from MedXAILib.volume import Volume, load_volume
 
 # Where each public name is, to be imported when it is first used: help and Slicer's panels need not wait for PyTorch.
@@ -43,6 +45,8 @@ _HOME = {
     "run": ["Progress", "Run"],
     "similar_cases": ["Case", "SimilarCases"],
     "target": ["ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
+    "trust.card": ["TrustCard", "trust_card"],
+    "trust.judged": ["Judged"],
     "volume": ["Volume", "load_volume"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from MedXAILib.report.page import Shown
     from MedXAILib.run import Progress as Step
     from MedXAILib.run import Run
+    from MedXAILib.trust.card import TrustCard
 
 # The library speaks of Python arguments; here they are options.
 _OPTIONS = {
@@ -269,6 +271,9 @@ def explain(
         str | None,
         typer.Option("--memory", help="How much to use at once, such as 4GB. \\[default: half of what is free]"),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also check how far the map can be trusted: up to ten times as long.")
+    ] = False,
     seed: _Seed = 0,
     trust: _Trust = False,
 ) -> None:
@@ -280,6 +285,8 @@ def explain(
         from MedXAILib.report.case import show, write
         from MedXAILib.report.localisation import centre
         from MedXAILib.request import explain as ask
+        from MedXAILib.trust.card import estimate, trust_card
+        from MedXAILib.trust.judged import Judged
         from MedXAILib.volume import load_volume
 
         parameters = _parameters(method, given)
@@ -294,10 +301,55 @@ def explain(
             run.step(0, 1, "Asking the network")
             prediction = network.predict(scan, where)
             explanation = ask(network, scan, method, _target(network, target, versus), where, run, **parameters)
+            card = None
+            if check:
+                planned = estimate(explanation)
+                message = f"Checking the map by {len(planned.checks)} tests: about {_duration(planned.seconds)}"
+                typer.echo(message, err=True)
+                card = trust_card(Judged(explanation, network, scan, mask, replace(run)))
             run.step(0, 1, "Writing")
-            shown = show(scan, explanation, prediction, mask)
+            shown = show(scan, explanation, prediction, mask, card)
             write(folder, shown, prediction, image_format=format.value)
     _report(shown, prediction, out)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL, show_default=False)],
+    cases: Annotated[
+        Path,
+        typer.Argument(
+            help="A CSV file, a row for each scan: volume, and if known segmentation, target, region (x y z, RAS mm).",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="A method to compare; may be given again. \\[default: all]", show_default=False
+        ),
+    ] = None,
+    checks: Annotated[
+        str | None, typer.Option("--checks", help="Which checks, with commas. \\[default: all]", show_default=False)
+    ] = None,
+    out: _Out = Path("medxai-evaluation"),
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
+    seed: _Seed = 0,
+    trust: _Trust = False,
+) -> None:
+    """Compare methods over many scans: are they right, robust, and worth it? Goes on where it was interrupted."""
+    with _live(device=device, seed=seed) as run:
+        from MedXAILib.registry import EXPLAINERS
+        from MedXAILib.trust.evaluation import evaluate as compare
+        from MedXAILib.trust.evaluation import read_cases
+
+        wanted = None if checks is None else [check.strip() for check in checks.split(",")]
+        rows = compare(
+            _load(model, trust), read_cases(cases), {name: {} for name in method or EXPLAINERS}, out, run, wanted
+        )
+    console = Console(highlight=False)
+    console.print(_compared(rows))
+    console.print(f"Every number, with its 95 % confidence interval: [bold]{_shown(str(out / 'table.csv'))}[/]")
 
 
 @app.command()
@@ -407,12 +459,44 @@ def _report(shown: Shown, prediction: Prediction, out: Path) -> None:
         console.print(f"{name.capitalize()}: missed by {missed:.2%}.")
     for note in made.notes:
         console.print(f"Note: {_shown(note)}")
+    if shown.card is not None:
+        console.print(_checked(shown.card))
     console.print(
         f"{made.seconds:.1f} s, {made.forwards} forward(s), {made.backwards} backward(s), "
         f"{made.peak_memory / 1e6:.0f} MB more memory."
     )
     console.print(f"Written to [bold]{_shown(str(out))}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
     console.print("For research only, not for diagnosis.", style="dim")
+
+
+def _compared(rows: Sequence[dict[str, Any]]) -> Table:
+    """The numbers of a comparison that say most."""
+    shown = {
+        "validity: auprc": "AUPRC",
+        "validity: pointing": "hit",
+        "faithfulness: blur: score": "faithful",
+        "randomisation: likeness": "scrambled: alike",
+        "stability: noise": "noise: alike",
+        "cost: seconds": "seconds",
+    }
+    names = {name: title for name, title in shown.items() if any(name in row for row in rows)}
+    table = Table("method", "cases", *names.values(), box=box.SIMPLE)
+    for row in rows:
+        cells = [f"{row[name]:.2f} ± {row[f'{name} ±']:.2f}" if name in row else "" for name in names]
+        table.add_row(f"[bold]{row['method']}[/]", str(row["cases"]), *cells)
+    return table
+
+
+def _checked(card: TrustCard) -> Table:
+    from MedXAILib.trust.finding import COLOURS
+
+    table = Table("", "check", "what it says", box=box.SIMPLE)
+    for found in card.findings:
+        word, colour = COLOURS[found.light]
+        table.add_row(f"[{colour}]●[/] {word}", found.title, _shown(found.sentence))
+    for name, why in card.left_out.items():
+        table.add_row("left out", name, _shown(why))
+    return table
 
 
 def _said(prediction: Prediction, target: str) -> Table:

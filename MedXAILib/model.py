@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -293,6 +293,23 @@ class Model:
             self._kept = None
             self._kept = key, self.preprocess(volume)
         return self._kept[1]
+
+    def with_network(self, network: nn.Module) -> Model:
+        """The same around another network that takes the same input; what is kept of the last volume serves both."""
+        other = replace(self, network=network)
+        other.keeps_last, other._kept = self.keeps_last, self._kept
+        return other
+
+    @contextmanager
+    def keeping_last(self) -> Iterator[None]:
+        """Inside, the last volume preprocessed is kept."""
+        before, self.keeps_last = self.keeps_last, True
+        try:
+            yield
+        finally:
+            self.keeps_last = before
+            if not before:
+                self._kept = None
 
     def predict(self, volume: Volume, region: Region | None = None) -> Prediction:
         """What the network says about `volume` (see `prepare` for `region`)."""

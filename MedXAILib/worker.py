@@ -28,6 +28,7 @@ import torch
 from MedXAILib import protocol
 from MedXAILib.description import describe
 from MedXAILib.errors import MedXAIError, Untrusted, unknown
+from MedXAILib.explanation import Provenance, SaliencyMap
 from MedXAILib.loading import load_model
 from MedXAILib.memory_ladder import within_memory
 from MedXAILib.model import Model
@@ -35,6 +36,8 @@ from MedXAILib.registry import EXPLAINERS
 from MedXAILib.request import explain
 from MedXAILib.run import Partial, Progress, Run, out_of_memory
 from MedXAILib.target import Target, from_spec
+from MedXAILib.trust.card import trust_card
+from MedXAILib.trust.judged import Judged
 from MedXAILib.volume import Volume, load_volume
 
 # Seconds a request has to stop when nobody is there any more to hear its answer.
@@ -62,6 +65,7 @@ class Worker:
             "load": self._load,
             "predict": self._predict,
             "explain": self._explain,
+            "check": self._check,
         }
 
     def serve(self) -> None:
@@ -218,6 +222,36 @@ class Worker:
             return {"folders": [e.save(self._scratch / str(id) / str(i)) for i, e in enumerate(found)]}
         with tempfile.TemporaryDirectory(prefix="medxai-") as own:
             return {"folders": [_files(e.save(Path(own) / str(i))) for i, e in enumerate(found)]}
+
+    def _check(
+        self,
+        id: int,
+        model: str,
+        volume: Any,
+        explanation: dict[str, Any],
+        segmentation: Any = None,
+        checks: Sequence[str] | None = None,
+        device: str | None = None,
+        memory_budget: int | None = None,
+        trust: bool = False,
+        known: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        run = self._run(id, device=device or _device(), memory_budget=memory_budget)
+        run.step(0, 1, "Reading the network")
+        network = _model(model, trust, known)
+        _place(network, device or _device())
+        run.step(0, 1, "Reading the scan")
+        scan = self._volume(volume)
+        mask = None if segmentation is None else _volume(segmentation)
+        map = _volume(explanation["map"])
+        found = SaliencyMap(
+            Provenance(**explanation["provenance"]),
+            explanation["residual"],
+            map.data,
+            map.affine,
+            explanation["signed"],
+        )
+        return trust_card(Judged(found, network, scan, mask, run), checks).to_json()
 
     def _run(self, id: int, anytime: bool = False, **settings: Any) -> Run:
         """The run of a request: told to finish, one that is `anytime` gives what it has, and any other gives up."""

@@ -345,3 +345,20 @@ def test_channels_must_lie_on_one_grid(scan):
         mrml.scanOf([scan, other])
     other.SetAndObserveTransformNodeID(scan.GetTransformNodeID())
     assert mrml.scanOf([scan, other])["data"].shape == (2, 40, 60, 90)
+
+
+def test_map_of_several_channels_is_checked(scan, worker, tmp_path):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv3d(2, 2, 3), torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten())
+    torch.jit.script(network).save(str(tmp_path / "network.ts"))
+    second = slicer.util.addVolumeFromArray(slicer.util.arrayFromVolume(scan)[::-1].copy(), name="Second")
+    second.CopyOrientation(scan)
+    second.SetAndObserveTransformNodeID(scan.GetTransformNodeID())
+    (made,) = asking.Explaining([scan, second], tmp_path / "network.ts", "gradient", 0, worker=worker).wait()
+    assert results.scans(made) == [scan, second] and results.card(made) is None
+    asking.Checking(made, worker=worker).wait()
+    assert results.card(made)["findings"] and not files_of(worker)
+    slicer.util.arrayFromVolume(second)[:] = 0
+    slicer.util.arrayFromVolumeModified(second)
+    with pytest.raises(MedXAIError, match="not the volume that was explained"):
+        asking.Checking(made, worker=worker).wait()

@@ -67,24 +67,26 @@ ALL = {
     "psutil": "7.0.0",
     "pydantic": "2.9.0",
     "safetensors": "0.5.0",
+    "scikit-learn": "1.6.0",
     "torch": "2.9.0+cpu",
 }
 
-EVERYTHING = "MONAI, nibabel, psutil, pydantic, safetensors and PyTorch"
+EVERYTHING = "MONAI, nibabel, psutil, pydantic, safetensors, scikit-learn and PyTorch"
 
 
 def wheel(folder: Path, name: str, version: str, *requires: str) -> Path:
     """A wheel with one empty module."""
-    info = f"{name}-{version}.dist-info"
+    file = name.replace("-", "_")
+    info = f"{file}-{version}.dist-info"
     metadata = "".join(f"{line}\n" for line in ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"))
     contents = {
-        f"{name}.py": "",
+        f"{file}.py": "",
         f"{info}/METADATA": metadata + "".join(f"Requires-Dist: {line}\n" for line in requires),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     contents[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*contents, f"{info}/RECORD"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{version}-py3-none-any.whl"
+    path = folder / f"{file}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for inside, text in contents.items():
             archive.writestr(inside, text)
@@ -195,7 +197,7 @@ def test_what_would_need_another_version_of_what_slicer_ships_is_refused(python)
     wheel(python.wheels, "nibabel", "5.3.0", "shipped>=2")
     said, there, *_ = python.ensure()
     assert said.startswith(
-        "MedXAIError: Installing MONAI, nibabel, psutil, pydantic, safetensors and PyTorch failed (pip"
+        "MedXAIError: Installing MONAI, nibabel, psutil, pydantic, safetensors, scikit-learn and PyTorch failed (pip"
     )
     assert "Python console" in said
     assert there["shipped"] == "1.0"
@@ -239,7 +241,7 @@ def test_no_means_no(python):
     said, there, _, (badge, _) = python.ensure("slicer.util.reply = False")
     assert said.startswith(f"MedXAIError: MedXAI cannot compute without {EVERYTHING}: ")
     assert there == {}
-    assert badge == "PyTorch and 5 more packages are missing"
+    assert badge == "PyTorch and 6 more packages are missing"
 
 
 def test_without_the_pytorch_extension_it_says_how_to_get_it(python):

@@ -22,7 +22,7 @@ LIBRARY = sorted((ROOT / "MedXAILib").rglob("*.py"))
 MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
-THIRD_PARTY = {"PIL", "SimpleITK", "monai", "numpy", "psutil", "pydantic", "rich", "safetensors", "torch", "typer"}
+THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors sklearn torch typer".split())
 
 # What Slicer brings and loads fast; qt and ctk are there in the application only.
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
@@ -32,6 +32,7 @@ WITHOUT_TORCH = {
     "MedXAILib",
     *(f"MedXAILib.{name}" for name in ("client", "errors", "protocol", "resources")),
     *(f"MedXAILib.report.{name}" for name in ("interval", "residuals")),
+    "MedXAILib.trust.finding",
 }
 
 # What the Extensions Index asks of an entry (version 1.0.1 of its schema), without the texts.

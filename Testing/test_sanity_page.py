@@ -12,12 +12,13 @@ from torch import Tensor, nn
 import MedXAILib as mx
 from benchmarks.sanity import page, patches, prose, rows
 from benchmarks.sanity.bench import randomised
-from benchmarks.sanity.measures import Looks, likeness, located
-from benchmarks.sanity.patches import Patches
-from benchmarks.sanity.randomise import STAGES, cascade
+from benchmarks.sanity.measures import located
+from benchmarks.sanity.patches import STAGES, Patches
 from MedXAILib import resources
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.report.localisation import localise
+from MedXAILib.trust.likeness import Looks, likeness
+from MedXAILib.trust.randomisation import cascade
 
 AGAIN = "run: python -m benchmarks.sanity"
 

@@ -50,7 +50,7 @@ class Asking:
         self.state, self.progress, self.error = "running", None, None
         self.model = None
         """What the worker says of the model, once it is loaded."""
-        self.sourceNode = volumeNode[0] if isinstance(volumeNode, (list, tuple)) else volumeNode
+        self.sourceNode, *self._moreChannels = volumeNode if isinstance(volumeNode, (list, tuple)) else [volumeNode]
         self._region, self._onChange = region, onChange
         self._worker = worker or workers.shared()
         self._cancelled = self._lost = False
@@ -290,6 +290,8 @@ class Explaining(Asking):
             next(self._adding)
         except StopIteration as done:
             self.nodes = done.value
+            for node in self.nodes:
+                results.setMoreChannels(node, self._moreChannels)
             self._finish()
         except MedXAIError as error:
             self._finish(error)
@@ -298,6 +300,47 @@ class Explaining(Asking):
         if self._partialNode is not None and self._partialNode.GetScene() is not None:
             deleting.remove(self._partialNode)
         super()._finish(error)
+
+
+class Checking(Asking):
+    """How far can a map be trusted? Its node has its trust card, as for `results.card`, once it is done."""
+
+    op = "check"
+
+    def __init__(self, mapNode, segment=None, onChange=None, worker=None):
+        """Check the map of a network in a file; `segment` is where it should be, as for `regions.maskIn`, if that is
+        known.
+
+        Raises:
+            MedXAIError: when it cannot even be asked.
+        """
+        self.mapNode = mapNode
+        scans, made = results.scans(mapNode), results.provenance(mapNode)
+        super().__init__(
+            scans,
+            made["model"]["source"],
+            onChange=onChange,
+            worker=worker,
+            explanation={
+                "provenance": made,
+                "residual": results.residual(mapNode),
+                "map": mrml.scanOf(results.part(mapNode, "Channels") or mapNode),
+                "signed": results.isSigned(mapNode),
+            },
+            segmentation=None if segment is None else regions.maskIn(scans[0], *segment),
+        )
+
+    def _fieldsFor(self, model):
+        return {}
+
+    def _take(self, job):
+        results.setCard(self.mapNode, job.result)
+        self._finish()
+
+    def _advance(self):
+        if self.mapNode.GetScene() is None and not self.stopping and not self.finished:
+            self.cancel()
+        return super()._advance()
 
 
 class _Read(threading.Thread):

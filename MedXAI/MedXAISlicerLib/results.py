@@ -77,6 +77,29 @@ def residual(node):
     return json.loads(node.GetAttribute("MedXAI.Residual") or "{}")
 
 
+def card(node):
+    """The trust card of a map, as `MedXAILib.trust.card.TrustCard.to_json` has it; None as long as it has none."""
+    return json.loads(node.GetAttribute("MedXAI.Trust") or "null")
+
+
+def setCard(node, found):
+    """Let a map have a trust card."""
+    node.SetAttribute("MedXAI.Trust", json.dumps(found))
+
+
+def scans(node):
+    """The volumes that were explained: the source, and what lay beside it as further channels."""
+    role = "MedXAI.MoreChannels"
+    beside = [node.GetNthNodeReference(role, i) for i in range(node.GetNumberOfNodeReferences(role))]
+    return [part(node, "Source"), *filter(None, beside)]
+
+
+def setMoreChannels(node, volumeNodes):
+    """Note which volumes beside its source were explained as further channels."""
+    for volumeNode in volumeNodes:
+        node.AddNodeReferenceID("MedXAI.MoreChannels", volumeNode.GetID())
+
+
 def part(node, name):
     """What belongs to an explanation, by name (one of `PARTS`, Source or OwnColours); None when it is not there (any
     more)."""

@@ -10,21 +10,26 @@ from MedXAILib.model import Prediction
 from MedXAILib.report.localisation import localise
 from MedXAILib.report.montage import montage
 from MedXAILib.report.page import Shown, page
+from MedXAILib.trust.card import TrustCard
 from MedXAILib.volume import Volume
 
 PICTURE, PAGE = "montage.png", "index.html"
 
 
 def show(
-    volume: Volume, explanation: SaliencyMap, prediction: Prediction | None = None, segmentation: Volume | None = None
+    volume: Volume,
+    explanation: SaliencyMap,
+    prediction: Prediction | None = None,
+    segmentation: Volume | None = None,
+    card: TrustCard | None = None,
 ) -> Shown:
-    """The picture of a map of `volume`, and how well it meets the segmentation if there is one."""
+    """The picture of a map of `volume`, how well it meets the segmentation if there is one, and its trust card."""
     met = None if segmentation is None else localise(explanation, segmentation)
     made = explanation.provenance
     # The value of a regression is not a probability.
     scores = {} if prediction is None or made.model.get("task") == "regression" else prediction.scores
     picture = montage(volume, explanation, segmentation, probability=scores.get(made.target_label))
-    return Shown(explanation, picture, met)
+    return Shown(explanation, picture, met, card)
 
 
 def write(
@@ -45,4 +50,6 @@ def write(
 
 def _write_map(folder: Path, shown: Shown, image_format: ImageFormat) -> None:
     shown.explanation.save(folder, image_format)
+    if shown.card is not None:
+        shown.card.save(folder)
     shown.picture.save(folder / PICTURE, optimize=True)

@@ -23,6 +23,8 @@ from MedXAILib.report.localisation import Localisation
 from MedXAILib.report.methods import question, title
 from MedXAILib.report.montage import FAINTEST
 from MedXAILib.report.residuals import residual
+from MedXAILib.trust.card import CHECKS, TrustCard
+from MedXAILib.trust.finding import COLOURS
 
 RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
 
@@ -34,6 +36,7 @@ class Shown:
     explanation: SaliencyMap
     picture: Image.Image
     localisation: Localisation | None = None
+    card: TrustCard | None = None
 
 
 def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Shown] = (), caution: str = "") -> str:
@@ -52,6 +55,7 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         _said(prediction, made.target_label),
         _picture(shown),
         _meets(shown.localisation),
+        _trust(shown.card),
         _reading(shown.explanation),
         _checks(shown.explanation),
         _others(others),
@@ -93,6 +97,24 @@ def _meets(localisation: Localisation | None) -> str:
     if localisation is None:
         return ""
     return f"<h2>Does it meet the segmentation?</h2>{_list(localisation.words())}"
+
+
+def _trust(card: TrustCard | None) -> str:
+    if card is None:
+        return ""
+    items, rows = [], []
+    for found in card.findings:
+        word, colour = COLOURS[found.light]
+        lamp = f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
+        items.append(f"<li>{lamp}: {escape(found.title)} {escape(found.sentence)}</li>")
+        for name, value in found.values.items():
+            cells = f"<td>{escape(name)}</td><td class=number>{value:.3g}</td>"
+            rows.append(f"<tr><th>{escape(found.check)}</th>{cells}</tr>")
+    missing = [f"Left out: {CHECKS[name].title} ({why})." for name, why in card.left_out.items()]
+    numbers = f"<details><summary>The numbers behind it</summary><table>{''.join(rows)}</table></details>"
+    said = "<p>The lights are about the map: none says that the answer is right.</p>"
+    lights = f"<ul class=lights>{''.join(items)}</ul>{said}"
+    return f"<h2>How far can the map be trusted?</h2>{lights}{_list(missing)}{numbers}"
 
 
 def _reading(explanation: SaliencyMap) -> str:
@@ -180,6 +202,7 @@ p, li { max-width: 50rem; } .lead { margin: .3rem 0; color: var(--faint); } .war
 figure { margin: 1.5rem 0; } img { display: block; width: 100%; max-width: 1308px; height: auto; border-radius: 6px; }
 table { border-collapse: collapse; } th, td { padding: .25rem 1rem .25rem 0; text-align: left; vertical-align: top; }
 th { font-weight: normal; } td { overflow-wrap: anywhere; } tr + tr { border-top: 1px solid var(--line); }
+.lights { list-style: none; padding-left: 0; } .lights li { margin: .4rem 0; }
 .number { font-variant-numeric: tabular-nums; } .chosen { font-weight: bold; } .chosen th { font-weight: bold; }
 progress { width: 14rem; height: .8rem; accent-color: #b45309; }
 summary { margin-top: 2rem; cursor: pointer; color: var(--faint); }

@@ -8,10 +8,11 @@ from typing import Any
 
 import MedXAILib as mx
 from benchmarks.sanity import patches
-from benchmarks.sanity.measures import Looks, between, likeness, located
-from benchmarks.sanity.patches import Patches
-from benchmarks.sanity.randomise import STAGES, cascade
+from benchmarks.sanity.measures import located
+from benchmarks.sanity.patches import STAGES, Patches
 from benchmarks.sanity.rows import Maps, Row
+from MedXAILib.trust.likeness import Looks, between, likeness
+from MedXAILib.trust.randomisation import cascade
 
 DRAWS = 5
 """Cascades, each with weights of its own."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import MedXAILib as mx
 from benchmarks.sanity import prose, rows
-from benchmarks.sanity.randomise import STAGES
+from benchmarks.sanity.patches import STAGES
 
 PAGE = Path(__file__).parents[2] / "docs" / "sanity.md"
 RESULTS = Path(__file__).parents[1] / "results" / "sanity"

@@ -19,6 +19,8 @@ OF_EACH_CLASS = 12
 REAL = 12
 SHIFT = 12
 """The nodules lie up to so many voxels off the middle of the patch, along each axis."""
+STAGES = ("class_head", "evidence", "shape.1", "shape.0", "texture", "stem")
+"""The layers of the demo classifier, from the output back. Its attribute head has no part in the classes."""
 
 
 @dataclass(frozen=True)

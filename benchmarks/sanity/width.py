@@ -12,10 +12,10 @@ import torch
 
 import MedXAILib as mx
 from benchmarks.sanity import patches, rows
-from benchmarks.sanity.measures import Looks, between, likeness
-from benchmarks.sanity.patches import Patches
-from benchmarks.sanity.randomise import STAGES, with_statistics
+from benchmarks.sanity.patches import STAGES, Patches
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
+from MedXAILib.trust.likeness import Looks, between, likeness
+from MedXAILib.trust.randomisation import with_statistics
 
 METHODS = ("gradient", "deconvnet", "guided_backprop")
 WIDTHS = (16, 64, 192)

@@ -5,9 +5,10 @@ import slicer
 from slicer.i18n import tr as _
 
 from MedXAISlicerLib import asking, method_parameters, regions, results, settings
+from MedXAISlicerLib.panels import progress
 from MedXAISlicerLib.panels.label_chooser import LabelChooser
 from MedXAISlicerLib.panels.method_words import described
-from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson
+from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson, trusts
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
 
@@ -345,7 +346,8 @@ class ExplainPanel(Panel):
     def _changed(self, run):
         if not run.finished:
             if not run.stopping:
-                self._showProgress(run.progress)
+                if run.progress is not None:
+                    self._say(progress.show(self.ui.progressBar, run.progress))
                 self._nameCancel(run)
             return
         self.running = None
@@ -355,16 +357,6 @@ class ExplainPanel(Panel):
             self._succeeded(run)
         else:
             self._failed(run)
-
-    def _showProgress(self, progress):
-        if progress is None:
-            return
-        # A single step has no length: the bar shows only that something goes on.
-        self.ui.progressBar.setRange(0, progress.total if progress.total > 1 else 0)
-        self.ui.progressBar.value = progress.done
-        left = progress.seconds_left
-        about = "" if left is None or left < 1 else _(" · about {time} left").format(time=_duration(left))
-        self._say(f"{progress.message}{about}")
 
     def _succeeded(self, run):
         settings.addRecentModel(self.parameterNode.model)
@@ -381,12 +373,8 @@ class ExplainPanel(Panel):
         from MedXAILib.errors import Untrusted
 
         self._say(forPerson(run.error))
-        if isinstance(run.error, Untrusted) and self.chooser.trusts(run.error):
+        if isinstance(run.error, Untrusted) and trusts(run.error):
             self.chooser.load()
 
     def _say(self, text):
         self.ui.statusLabel.text = text
-
-
-def _duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

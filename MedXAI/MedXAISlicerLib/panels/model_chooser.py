@@ -45,20 +45,12 @@ class ModelChooser:
         self._label.text = _("Loading…")
         asking.load(path, lambda job, trusted: self._loaded(path, job))
 
-    def trusts(self, error):
-        """Whether the person lets a network run the code it brings along; what they allowed once is not asked again."""
-        asked = _("{what}\n\nLet it run, now and in future?").format(what=forPerson(error))
-        if not slicer.util.confirmYesNoDisplay(asked, windowTitle=_("Code of a network"), detailedText=error.code):
-            return False
-        settings.trust(error.code)
-        return True
-
     def _loaded(self, path, job):
         from MedXAILib.errors import Untrusted
 
         if path != self.path:
             return
-        if isinstance(job.error, Untrusted) and self.trusts(job.error):
+        if isinstance(job.error, Untrusted) and trusts(job.error):
             self.load()
             return
         self.model = job.result
@@ -91,8 +83,18 @@ class ModelChooser:
         self.choose(chosen or self.path)
 
 
+def trusts(error):
+    """Whether the person lets a network run the code it brings along; what they allowed once is not asked again."""
+    asked = _("{what}\n\nLet it run, now and in future?").format(what=forPerson(error))
+    if not slicer.util.confirmYesNoDisplay(asked, windowTitle=_("Code of a network"), detailedText=error.code):
+        return False
+    settings.trust(error.code)
+    return True
+
+
 def forPerson(error):
     """An error as the panels say it: how to pass an argument is for programmers."""
     said = str(error).replace("pass trust=True only if you trust its maker", "let it run only if you trust its maker")
     said = said.replace("say where with region=(x, y, z) in RAS mm", "say where to look, such as around a point")
+    said = said.replace("it would take too long; ask for it", "it would take too long")
     return said.replace("within='everywhere'", "explain it everywhere")

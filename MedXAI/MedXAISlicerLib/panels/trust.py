@@ -9,10 +9,11 @@ import qt
 from slicer.i18n import tr as _
 
 from MedXAISlicerLib import results
+from MedXAISlicerLib.panels.checker import Checker
 from MedXAISlicerLib.panels.panel import Panel
 
-# What a residual is called, from the least to the greatest, and its colour: readable on light and on dark.
-_LEVELS = ((_("good"), "#2e9e5b"), (_("fair"), "#d08a00"), (_("poor"), "#d9483b"))
+# From the least to the greatest residual.
+_LIGHTS = "good", "fair", "poor"
 
 
 class TrustPanel(Panel):
@@ -20,14 +21,21 @@ class TrustPanel(Panel):
 
     uiFile = "Trust.ui"
     title = _("Trust")
+    followsParts = True
 
     def __init__(self, logic):
         super().__init__(logic)
+        self.checker = Checker(self.ui, logic)
         self.ui.copyButton.connect("clicked(bool)", self._onCopy)
         self.show(None)
 
+    def cleanup(self):
+        self.checker.cancel()
+        super().cleanup()
+
     def show(self, node):
         super().show(node)
+        self.checker.show(node)
         self.ui.emptyLabel.text = _("Choose an explanation above to see how far it can be trusted.")
         self.ui.emptyLabel.visible = node is None
         self.ui.trustWidget.visible = node is not None
@@ -70,9 +78,10 @@ class TrustPanel(Panel):
 def _checked(name, value):
     """A residual as a light and a sentence."""
     from MedXAILib.report.residuals import residual
+    from MedXAILib.trust.finding import COLOURS
 
     meant = residual(name)
-    word, colour = _LEVELS[sum(not value < limit for limit in (meant.good, meant.fair))]
+    word, colour = COLOURS[_LIGHTS[sum(not value < limit for limit in (meant.good, meant.fair))]]
     return f'<span style="color: {colour}">● <b>{word}</b></span>: {escape(meant.sentence(value), quote=False)}'
 
 

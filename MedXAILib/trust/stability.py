@@ -1,0 +1,117 @@
+"""Does a map survive a change of the scan that nobody would see?
+
+Alvarez-Melis, Jaakkola, "On the robustness of interpretability methods", 2018.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from MedXAILib.explainer import Question
+from MedXAILib.grid import transform
+from MedXAILib.trust.finding import Finding, Light, light
+from MedXAILib.trust.judged import Judged
+from MedXAILib.trust.likeness import correlation, extent, overlap
+from MedXAILib.volume import Volume
+
+NOISE = 0.01
+"""The noise that is added, as a share of the standard deviation of the scan where the map is."""
+MOVED = 0.1
+"""An answer that moves by more than this share of itself is the network's own doing."""
+
+# Two maps that share half of their variance correlate by 0.7; below 0.4 it is a sixth.
+_GOOD, _FAIR = 0.7, 0.4
+
+
+def judge(judged: Judged) -> Finding:
+    """How alike (Pearson, with sign) the map stays with faint noise, and when the scan moves by a voxel; the worse of
+    them counts.
+
+    A network may know places and not only things: its map may move with the scan or stay, whichever is more alike. How
+    like its mirror image the map of the mirrored scan is stands in the values only: not every network has to be
+    symmetric.
+    """
+    own, volume = judged.explanation.data, judged.volume
+    box = extent(own)
+    if box is None:
+        return _finding("The map is the same everywhere: there is nothing in it that could change.", None, {})
+    noisy = replace(volume, data=volume.data + NOISE * _noise(judged, box))
+    axis = max(range(1, own.ndim), key=lambda a: (box[a].stop - box[a].start, a))
+    moved = replace(volume, data=_moved(volume.data, axis))
+    turned = _mirror(judged)
+    mirrored = replace(volume, data=volume.data[..., turned])
+
+    with_noise = judged.again(volume=noisy).data
+    with_shift = judged.again(volume=moved).data
+    # The last of the moved voxels may have left what the network sees.
+    inner = (*box[:axis], slice(box[axis].start, box[axis].stop - 1), *box[axis + 1 :])
+    places = [with_shift.roll(-1, axis)[inner], with_shift[inner]]
+    likeness = {
+        "noise": correlation(own[box], with_noise[box]),
+        "shift": max(correlation(own[inner], there) for there in places),
+    }
+    which = min(likeness, key=likeness.__getitem__)
+    answer = _answer(judged, volume)
+    changes = {"noise": _answer(judged, noisy) - answer, "shift": _answer(judged, moved) - answer}
+    relative = {f"answer_{name}": abs(change) / max(abs(answer), 1e-12) for name, change in changes.items()}
+    colour = light(likeness[which], _GOOD, _FAIR)
+    when = {"noise": f"when faint noise ({NOISE:.0%}) is added", "shift": "when the scan moves by one voxel"}[which]
+    sentence = {
+        "good": f"The map stays ({likeness[which]:.2f} alike or more) with faint noise and when the scan moves by one "
+        "voxel.",
+        "fair": f"The map changes in part ({likeness[which]:.2f} alike) {when}: do not read its details.",
+        "poor": f"The map becomes another one ({likeness[which]:.2f} alike) {when}: do not rely on where it is.",
+    }[colour]
+    most = max(relative.values())
+    if most > MOVED:
+        sentence += f" The network's own answer moves by {most:.0%}: it is the network that is unstable."
+    values = {
+        **likeness,
+        "noise_overlap": overlap(own[box], with_noise[box]),
+        "shift_overlap": max(overlap(own[inner], there) for there in places),
+        "flip": correlation(own[box], judged.again(volume=mirrored).data[..., turned][box]),
+        "answer": answer,
+        **relative,
+    }
+    return _finding(sentence, colour, values)
+
+
+def _noise(judged: Judged, box: tuple[slice, ...]) -> Tensor:
+    """(C, *spatial), of the standard deviation that each channel has in the box."""
+    data = judged.volume.data
+    spread = data[(slice(None), *box[1:])].flatten(1).std(1, correction=0)
+    generator = torch.Generator().manual_seed(judged.explanation.provenance.seed)
+    return torch.randn(data.shape, generator=generator) * spread.reshape(-1, *[1] * (data.ndim - 1))
+
+
+def _moved(data: Tensor, axis: int) -> Tensor:
+    """By one voxel; the outermost one is repeated."""
+    size = data.shape[axis]
+    return torch.cat([data.narrow(axis, 0, 1), data.narrow(axis, 0, size - 1)], axis)
+
+
+def _mirror(judged: Judged) -> Tensor:
+    """The index (W,) that mirrors the scan at the middle of what the network sees, along the last axis."""
+    seen = judged.model.prepare(judged.volume, judged.explanation.provenance.region)
+    middle = transform(seen.affine, (np.array(seen.x.shape[1:]) - 1) / 2)
+    width = judged.volume.shape[-1]
+    twice = round(2 * float(judged.volume.to_index(middle.tolist())[-1]))
+    return (twice - torch.arange(width)).clamp(0, width - 1)
+
+
+def _answer(judged: Judged, volume: Volume) -> float:
+    """What was explained, of `volume`."""
+    model = judged.model
+    with model.ready(judged.run.device) as device, torch.no_grad():
+        seen = model.prepare(volume, judged.explanation.provenance.region)
+        x = seen.x[None].to(device, model.dtype)
+        question = Question(model, x, [seen], [judged.target.part(0, 1)], judged.run)
+        return float(question.values(x)[0])
+
+
+def _finding(sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:
+    return Finding("stability", "Does a tiny change of the scan change it?", sentence, colour, values)
