@@ -441,8 +441,10 @@ def test_pictures(host, module, scan, pictures):
     press(panel.ui.predictButton)
     host.until(lambda: panel.running is None)
     first = explained(host, module, "integrated_gradients")
-    picture(trust, "trust")
     second = explained(host, module)
+    press(trust.ui.checkButton)
+    host.until(lambda: trust.checker.running is None)
+    picture(trust, "trust")
     module.ui.panelsTabWidget.setCurrentIndex(0)
     host.window(pictures / "slicer-window.png")
     for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
