@@ -10,7 +10,7 @@ from typing import Any
 
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.explanation import SaliencyMap
-from MedXAILib.trust import additivity, discrimination, faithfulness, randomisation, stability, validity
+from MedXAILib.trust import additivity, channels, discrimination, faithfulness, randomisation, stability, validity
 from MedXAILib.trust.finding import Finding
 from MedXAILib.trust.judged import Judged
 
@@ -50,6 +50,7 @@ CHECKS: dict[str, Check] = {
     "faithfulness": Check("Does the answer depend on what the map marks?", _faithfulness, 0, 2 * _STEPS),
     "stability": Check("Does a tiny change of the scan change it?", stability.judge, 3, 3),
     "discrimination": Check("Is it about this answer?", discrimination.judge, 1, 1),
+    "channels": Check("Which channel does the answer come from?", channels.judge, 0, 2**2),
     "additivity": Check("Do its values mean amounts?", lambda judged: additivity.judge(judged, _SETS), 0, _SETS + 1),
 }
 """In the order of what matters most. A new check is a file of its own and a line here."""

@@ -19,6 +19,7 @@ _TITLES = {
     "faithfulness": _("Does the answer depend on what the map marks?"),
     "stability": _("Does a tiny change of the scan change it?"),
     "discrimination": _("Is it about this answer?"),
+    "channels": _("Which channel does the answer come from?"),
     "additivity": _("Do its values mean amounts?"),
 }
 
