@@ -459,3 +459,13 @@ def test_picture(host, panel, tmp_path):
     panel.show(node)
     assert "Scan: Chest" in panel.ui.provenanceText.plainText
     assert host.picture(panel.widget, tmp_path / "trust.png", width=460).stat().st_size > 5000
+
+
+def test_the_card_goes_with_the_map_to_a_folder_and_back(host, tmp_path):
+    from MedXAISlicerLib import answers, mrml, results, saving
+
+    node = mapped()
+    assert answers.read(saving.save(node, tmp_path / "unchecked")).card is None
+    results.setCard(node, CARD)
+    (back,) = mrml.addAnswers(results.part(node, "Source"), [answers.read(saving.save(node, tmp_path / "checked"))])
+    assert results.card(back) == CARD

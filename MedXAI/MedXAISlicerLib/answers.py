@@ -23,6 +23,8 @@ class Answer:
 
     manifest: dict
     images: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    card: dict | None = None
+    """Its trust card, if it has one."""
 
     @property
     def kind(self):
@@ -77,10 +79,12 @@ def read(folder):
         files = [*said["files"], *said.get("intervals", [])]
         images = {name: _image(sitk.ReadImage(str(folder / name))) for name in files}
         said["kind"], said["provenance"]["method"], said["residual"]
+        beside = folder / "trust.json"
+        card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise MedXAIError(f"The explanation in '{folder}' is damaged ({reason}): compute it again.") from error
-    answer = Answer(said, images)
+    answer = Answer(said, images, card)
     if answer.kind == "SaliencyMap":
         _ = answer.window, answer.hotSpots
     return answer

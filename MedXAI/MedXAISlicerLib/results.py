@@ -40,6 +40,8 @@ def describe(node, answer):
         "TargetLabel": safeText(made["target_label"]),
     }.items():
         node.SetAttribute(f"MedXAI.{name}", value)
+    if answer.card is not None:
+        setCard(node, answer.card)
 
 
 def kind(node):

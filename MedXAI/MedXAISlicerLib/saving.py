@@ -33,6 +33,9 @@ def save(mapNode, folder):
         folder.mkdir()
     except OSError as error:
         raise MedXAIError(f"'{folder}' cannot be made ({error.strerror}): choose another folder.") from error
+    files, card = {"explanation.json": manifest}, results.card(mapNode)
+    if card is not None:
+        files["trust.json"] = card
     images = {"map": mapNode if channels is None else channels, "interval": interval}
     try:
         for name, node in images.items():
@@ -40,7 +43,8 @@ def save(mapNode, folder):
             writer.SetFileName(str(folder / f"{name}.nrrd"))
             if node is not None and not writer.WriteData(node):
                 raise OSError(0, f"the {name} could not be written")
-        (folder / "explanation.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        for name, data in files.items():
+            (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise MedXAIError(f"'{folder}' cannot be written ({error.strerror}): make room, or choose another.") from error
