@@ -72,7 +72,8 @@ middle of the patch, of which it is known where they are ([demo-networks.md](dem
 `python -m benchmarks.trust` measures what is missing and writes it.
 
 Means over cases ± half the 95 % confidence interval. **hit**, **mass**, **AUPRC**: against the mask of the nodule.
-**faithful**: insertion less deletion with blurred tissue, 0 by chance. **scrambled**: how alike the map stays when the
+**faithful**: insertion less deletion with blurred tissue, 0 by chance, above 1 where a part moves the answer further
+than all of it. **scrambled**: how alike the map stays when the
 upper third of the weights is drawn again: the less, the better. **noise**, **shift**: how alike it stays when the scan
 gets 1 % of noise or moves by a voxel: the more, the better. **runner-up**: how alike the map of the second class is.
 One small network and one kind of lesion: the order of methods is theirs, not that of methods in general.

@@ -26,7 +26,7 @@ from MedXAILib.trust.judged import Judged
 STEPS = 12
 """Points of a curve; they lie closer where little is taken away, because lesions are small."""
 
-# The score, 0 by chance and at most 1, from which the light is green, and yellow.
+# The score, 0 by chance, from which the light is green, and yellow.
 _GOOD, _FAIR = 0.4, 0.15
 
 # Noise of ROAD, as a share of the scan's spread, so that a network cannot tell what is filled in by its smoothness.
@@ -61,7 +61,8 @@ class Curves:
 
     @property
     def score(self) -> float:
-        """Insertion less deletion: 0 by chance, negative when the least relevant matters most."""
+        """Insertion less deletion: 0 by chance, negative when the least relevant matters most; above 1 where a part that
+        is replaced moves the answer further than all of it."""
         deletion, insertion = self.areas
         return insertion - deletion
 
@@ -122,4 +123,4 @@ def judge(judged: Judged, infills: Sequence[str] = ("blur", "road"), steps: int 
         "fair": "The answer depends somewhat more on what the map marks than on the rest",
         "poor": "The answer hardly depends on what the map marks: other places matter as much or more",
     }[colour]
-    return say(f"{sentence} (score {score:.2f}; 0 by chance, at most 1).", light=colour)
+    return say(f"{sentence} (score {score:.2f}; 0 by chance, the more the better).", light=colour)
