@@ -67,15 +67,16 @@ INTRODUCTION = """\
 
 The survey asks of every technique whether it is valid, robust and cheap, and finds that most were never tested (its
 Table 5). This page is that table for the methods of MedXAI, measured by the checks of the trust card
-([trust.md](trust.md)) on the demo network `lung_nodule` and synthetic nodules in real lung, up to 12 voxels off the
-middle of the patch, of which it is known where they are ([demo-networks.md](demo-networks.md)).
+([trust.md](trust.md)) on the demo network `lung_nodule` and synthetic nodules in 50 mm of real lung, of which it is
+known where they are ([demo-networks.md](demo-networks.md)). The network looks at a patch around the nodule, as far as
+the 50 mm reach: so whoever points at the middle is often right, and the first rows are what to compare with.
 `python -m benchmarks.trust` measures what is missing and writes it.
 
 Means over cases ± half the 95 % confidence interval. **hit**, **mass**, **AUPRC**: against the mask of the nodule.
 **faithful**: insertion less deletion with blurred tissue, 0 by chance, above 1 where a part moves the answer further
-than all of it. **scrambled**: how alike the map stays when the
-upper third of the weights is drawn again: the less, the better. **noise**, **shift**: how alike it stays when the scan
-gets 1 % of noise or moves by a voxel: the more, the better. **runner-up**: how alike the map of the second class is.
+than all of it. **scrambled**: how alike the map stays when the upper third of the weights is drawn again: the less, the
+better. **noise**, **shift**: how alike it stays when the scan gets 1 % of noise or moves by a voxel: the more, the
+better. **runner-up**: how alike the map of the second class is.
 One small network and one kind of lesion: the order of methods is theirs, not that of methods in general.
 """
 
@@ -146,7 +147,8 @@ def page() -> str:
     most = max((r["cases"] for r in results), key=len, default=[])
     for name, title in BLIND.items():
         values = [
-            {c: one["values"].get(c.replace("validity: ", f"validity: {name}: ")) for c in COLUMNS} for one in most
+            {c: one["values"].get(c.replace("validity: ", f"validity: {name}: ")) for c in COLUMNS if "validity" in c}
+            for one in most
         ]
         lines.append(_row(title, [{k: v for k, v in one.items() if v is not None} for one in values]))
     for method, kind in mx.methods().items():

@@ -61,8 +61,8 @@ class Curves:
 
     @property
     def score(self) -> float:
-        """Insertion less deletion: 0 by chance, negative when the least relevant matters most; above 1 where a part that
-        is replaced moves the answer further than all of it."""
+        """Insertion less deletion: 0 by chance, negative when the least relevant matters most; above 1 where a part
+        that is replaced moves the answer further than all of it."""
         deletion, insertion = self.areas
         return insertion - deletion
 
