@@ -109,15 +109,24 @@ def recompute(explanation: SaliencyMap, model: Model, volume: Scan, run: Run | N
         MedXAIError: when `model` or `volume` is not the one that was explained.
     """
     made = explanation.provenance
+    check_explained(made, model, volume)
+    run = run if run is not None else Run(device=made.device)
+    run = replace(run, seed=made.seed, precision=made.model.get("precision"))
+    return explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
+
+
+def check_explained(made: Provenance, model: Model, volume: Scan) -> None:
+    """Refuse another network or volume than those of an explanation.
+
+    Raises:
+        MedXAIError: when `model` or `volume` is not the one that was explained.
+    """
     for name, known, given in (
         ("network", made.model.get("fingerprint"), model.fingerprint),
         ("volume", made.volume["fingerprint"], _Batch.of(volume, model).fingerprint),
     ):
         if known != given:
             raise MedXAIError(f"This is not the {name} that was explained ({known} then, {given} now): give that one.")
-    run = run if run is not None else Run(device=made.device)
-    run = replace(run, seed=made.seed, precision=made.model.get("precision"))
-    return explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
 
 
 @dataclass(frozen=True)

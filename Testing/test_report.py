@@ -11,9 +11,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 from PIL import Image
+from plain_map import saliency
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Provenance, SaliencyMap
+from MedXAILib.explanation import SaliencyMap
 from MedXAILib.model import Prediction
 from MedXAILib.report import interval
 from MedXAILib.report import montage as drawing
@@ -25,26 +26,6 @@ from MedXAILib.volume import Volume
 
 SIZE = 380
 MARKER = np.array([21.0, -14.0, 33.0])  # RAS mm
-
-
-def saliency(data: torch.Tensor, affine: np.ndarray, signed: bool = False, **made: object) -> SaliencyMap:
-    known = {
-        "method": "gradcam",
-        "parameters": {},
-        "target": {},
-        "target_label": "marker",
-        "model": {"name": "network", "task": "classification"},
-        "volume": {"source": "scan.nrrd"},
-        "versions": {},
-        "seed": 0,
-        "device": "cpu",
-        "created": "2026-01-01",
-        "seconds": 1.0,
-        "peak_memory": 0,
-        "forwards": 1,
-        "backwards": 1,
-    }
-    return SaliencyMap(Provenance(**{**known, **made}), {}, data.float(), affine, signed)
 
 
 def oblique(shape: tuple[int, int, int] = (30, 44, 52)) -> tuple[sitk.Image, np.ndarray]:

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
+import plain_map
 import pytest
 import torch
 from scipy.spatial.distance import cdist, directed_hausdorff
 from sklearn.metrics import average_precision_score
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Provenance, SaliencyMap
+from MedXAILib.explanation import SaliencyMap
 from MedXAILib.grid import transform
 from MedXAILib.model import Prepared
 from MedXAILib.trust.judged import Judged
@@ -39,23 +40,8 @@ AFFINE = oblique()
 
 
 def saliency(data: torch.Tensor, affine: np.ndarray = AFFINE) -> SaliencyMap:
-    known = {
-        "method": "gradcam",
-        "parameters": {},
-        "target": {},
-        "target_label": "cube",
-        "model": {"fingerprint": "network"},
-        "volume": {"fingerprint": Volume(data, affine).fingerprint},
-        "versions": {},
-        "seed": 0,
-        "device": "cpu",
-        "created": "2026-01-01",
-        "seconds": 1.0,
-        "peak_memory": 0,
-        "forwards": 1,
-        "backwards": 1,
-    }
-    return SaliencyMap(Provenance(**known), {}, data.float(), affine, True)
+    volume = {"fingerprint": Volume(data, affine).fingerprint}
+    return plain_map.saliency(data, affine, True, model={"fingerprint": "network"}, volume=volume)
 
 
 def block(where: tuple[slice, ...] = CUBE, value: float = 1.0, rest: float = 0.0) -> torch.Tensor:

@@ -17,10 +17,9 @@ from scipy.stats import spearmanr
 
 import MedXAILib as mx
 from benchmarks.measure import machine
-from benchmarks.sanity import patches
-from benchmarks.sanity.rows import OF_ONE_REGION
+from benchmarks.sanity import patches, rows
 from MedXAILib.synthetic.lung_nodules import CLASSES, SPACING_MM, synthesise
-from MedXAILib.trust.evaluation import Asked, evaluate, numbers, summary
+from MedXAILib.trust.evaluation import Asked, evaluate, means, numbers
 from MedXAILib.visual.perturbing import Perturbing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,24 +27,8 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results" / "trust", ROOT / "docs" / "meas
 CASES, FEW, SEED = 204, 12, 402
 CHECKS = ("validity", "randomisation", "faithfulness", "discrimination", "stability")
 
-# The quick settings of the slow ones, as in docs/sanity.md.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "smoothgrad": {"samples": 8},
-    "vargrad": {"samples": 8},
-    "integrated_gradients": {"steps": 15, "max_steps": 15},
-    "scorecam": {"clusters": 16},
-    "occlusion": {"window": (10.0,)},
-    "supervoxel_ablation": {"size_mm": 10.0},
-    "lime": {"size_mm": 12.5, "samples": 128},
-    "kernel_shap": {"size_mm": 12.5, "samples": 128},
-    "permutation_shap": {"size_mm": 12.5, "permutations": 1},
-    "rise": {"samples": 128, "tolerance": 0.0},
-    "prediction_difference": {"window": (12.5,), "samples": 1},
-    "meaningful_perturbation": {"steps": 8},
-}
 SLOW = frozenset({"scorecam", "deep_shap", "gradient_shap"})
 """These ask about many scans for each map, as the methods do that perturb."""
-NEEDS_BACKGROUND = frozenset({"deep_shap", "gradient_shap"})
 
 COLUMNS = {
     "validity: pointing": "hit",
@@ -113,13 +96,14 @@ def main(
     known, model = None, patches.demo_model()
     for method, kind in mx.methods().items():
         path = RESULTS / f"{method}.json"
-        if path.exists() or method in OF_ONE_REGION or (only and method not in only):
+        if path.exists() or method in rows.OF_ONE_REGION or (only and method not in only):
             continue
         known = known or cases()
         slow = method in SLOW or issubclass(kind, Perturbing)
-        setting = SETTINGS.get(method, {})
-        meant = {"background": patches.lung()} if method in NEEDS_BACKGROUND else {}
-        evaluate(model, known[: FEW if slow else None], {method: {**setting, **meant}}, scratch / method, checks=CHECKS)
+        # A method that docs/sanity.md has in one setting only has that one here.
+        _, *others = settings = list(rows.SETTINGS.get(method, {"": {}}).values())
+        setting = {} if others else settings[0]
+        evaluate(model, known[: FEW if slow else None], {method: rows.meant(setting)}, scratch / method, checks=CHECKS)
         found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((scratch / method).glob("cases/*.json"))]
         kept = {"method": method, "parameters": setting, "machine": machine(), "cases": [_kept(one) for one in found]}
         path.write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -158,7 +142,7 @@ def page() -> str:
                 lines.append(_row(_named(kind.title, by_id[method]["parameters"]), of_method))
             else:
                 refused.append(f"- {kind.title}: {by_id[method]['cases'][0]['refused']}")
-    missing = [kind.title for m, kind in mx.methods().items() if m not in by_id and m not in OF_ONE_REGION]
+    missing = [kind.title for m, kind in mx.methods().items() if m not in by_id and m not in rows.OF_ONE_REGION]
     parts = [INTRODUCTION, "\n".join([*head, *lines]) + "\n"]
     parts += ["Not for this network:\n\n" + "\n".join(refused) + "\n"] if refused else []
     parts += [f"Not measured yet: {', '.join(missing)}.\n"] if missing else []
@@ -172,18 +156,9 @@ def _named(title: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _row(title: str, values: Sequence[Mapping[str, float]]) -> str:
-    found = summary(title, [_as_result(one) for one in values])
+    found = means(values)
     cells = [f"{found[name]:.2f} ± {found[f'{name} ±']:.2f}" if name in found else "" for name in COLUMNS]
     return f"| {title} | {len(values)} | {' | '.join(cells)} |"
-
-
-def _as_result(values: Mapping[str, float]) -> dict[str, Any]:
-    findings: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, value in values.items():
-        check, _, of = name.partition(": ")
-        findings[check][of] = value
-    cost = findings.pop("cost", {})
-    return {"findings": [{"check": check, "values": of} for check, of in findings.items()], "cost": cost}
 
 
 def _predicting(results: Sequence[Mapping[str, Any]]) -> str:

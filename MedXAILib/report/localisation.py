@@ -75,13 +75,13 @@ def centre(segmentation: Volume) -> tuple[float, ...]:
     return tuple(float(v) for v in segmentation.to_point(marked.mean(0).tolist()))
 
 
-def extent(explanation: SaliencyMap) -> tuple[np.ndarray, np.ndarray] | None:
-    """The lowest and highest array index (d, h, w) at which the map is not zero; None when it is zero everywhere."""
-    inside = (explanation.data != 0).any(0)
+def extent(data: Tensor) -> tuple[slice, ...] | None:
+    """The box (*spatial) outside which a map (C, *spatial) is zero; None when it is zero everywhere."""
+    inside = (data != 0).any(0)
     if not bool(inside.any()):
         return None
     along = [inside.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0] for axis in range(inside.ndim)]
-    return np.array([int(i[0]) for i in along]), np.array([int(i[-1]) for i in along])
+    return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in along)
 
 
 def localise(explanation: SaliencyMap, segmentation: Volume) -> Localisation:
@@ -96,11 +96,8 @@ def localise(explanation: SaliencyMap, segmentation: Volume) -> Localisation:
     points = transform(explanation.affine, torch.nonzero(mask).numpy().astype(float))
     distances = np.linalg.norm(points - np.array(where), axis=1)
     inside = float(values[mask].double().sum() / values.double().sum().clamp_min(1e-30))
-    box = extent(explanation)
-    chance = 0.0
-    if box is not None:
-        field = tuple(slice(a, b + 1) for a, b in zip(*box, strict=True))
-        chance = float(mask[field].double().mean())
+    box = extent(explanation.data)
+    chance = 0.0 if box is None else float(mask[box].double().mean())
     hit = bool(distances.min() < 1e-3)
     return Localisation(where, hit, 0.0 if hit else float(distances.min()), inside, chance)
 

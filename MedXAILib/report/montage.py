@@ -277,10 +277,11 @@ def _through(view: View, point: np.ndarray) -> View:
 def _field(volume: Volume, saliency_map: SaliencyMap) -> tuple[np.ndarray, float, bool]:
     """The centre (RAS mm) and side (mm) of what is shown, and whether that is only a part of the scan."""
     middle, whole = _whole(volume)
-    box = extent(saliency_map)
+    box = extent(saliency_map.data)
     if box is None:
         return middle, whole, False
-    low, high = _bounds(volume.affine, box[0] - 0.5, box[1] + 0.5)
+    first, end = np.array([(side.start, side.stop) for side in box]).T
+    low, high = _bounds(volume.affine, first - 0.5, end - 0.5)
     region = saliency_map.provenance.region
     # About the point where the network was told to look, so that the maps of several methods show the same.
     centre = (low + high) / 2 if region is None else np.reshape(region, (-1, len(low))).mean(0)

@@ -125,23 +125,25 @@ def trust_card(judged: Judged, checks: Sequence[str] | None = None) -> TrustCard
         MedXAIError: for an unknown check.
         Cancelled: when the person asked to stop.
     """
-    planned = estimate(judged.explanation)
-    for name in checks or ():
+    left_out: dict[str, str] = {}
+    if checks is None:
+        planned = estimate(judged.explanation)
+        checks, left_out = planned.checks, dict.fromkeys(planned.left_out, "it would take too long; ask for it")
+    for name in checks:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
-    chosen = planned.checks if checks is None else tuple(checks)
-    left_out = {} if checks is not None else dict.fromkeys(planned.left_out, "it would take too long; ask for it")
     findings = []
-    for done, name in enumerate(chosen):
-        judged.run.step(done, len(chosen), CHECKS[name].title)
-        try:
-            with judged.model.keeping_last():
+    # Nearly every check asks about the same scan: it is preprocessed once.
+    with judged.model.keeping_last():
+        for done, name in enumerate(checks):
+            judged.run.step(done, len(checks), CHECKS[name].title)
+            try:
                 found = CHECKS[name].judge(judged)
-        except (Cancelled, OutOfMemory):
-            raise
-        except MedXAIError as error:
-            left_out[name] = str(error)
-            continue
-        if found is not None:
-            findings.append(found)
+            except (Cancelled, OutOfMemory):
+                raise
+            except MedXAIError as error:
+                left_out[name] = str(error)
+                continue
+            if found is not None:
+                findings.append(found)
     return TrustCard(tuple(findings), left_out, judged.run.cost.forwards, judged.run.cost.backwards)

@@ -12,6 +12,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from MedXAILib.engines.perturbation import Plain
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
 from MedXAILib.trust.finding import Finding
@@ -65,8 +66,7 @@ def shapley(question: Question, instead: Tensor) -> Tensor:
         present = sets[start:stop].to(x.device).reshape(-1, count, *[1] * (x.ndim - 2))
         values[start:stop] = question.values(torch.where(present, x, instead))[0].double().cpu()
 
-    size = question.run.fitting(64 * x.numel(), x[:, 0].numel(), x.device)
-    question.run.chunks(len(sets), size).map(ask, "Asking about channels")
+    question.run.chunks(len(sets), Plain(question).size).map(ask, "Asking about channels")
     found = torch.zeros(count, dtype=torch.float64)
     for i in range(count):
         # The sets are binary numbers, so that the same with and without a channel lie in the same order.

@@ -149,17 +149,22 @@ def numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summary(method: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of the table: means over cases with half their 95 % confidence intervals (Student's t)."""
+    """A row of the table: how many cases were not refused, and the `means` of their numbers."""
+    return {"method": method, "cases": sum("refused" not in r for r in results)} | means(list(map(numbers, results)))
+
+
+def means(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over the cases that have it, and half its 95 % confidence interval (Student's t)."""
     columns: dict[str, list[float]] = {}
-    for result in results:
-        for name, value in numbers(result).items():
+    for case in cases:
+        for name, value in case.items():
             columns.setdefault(name, []).append(value)
-    row: dict[str, Any] = {"method": method, "cases": sum("refused" not in r for r in results)}
+    found = {}
     for name, values in columns.items():
-        row[name] = mean(values)
-        half = student(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        row[f"{name} ±"] = half
-    return row
+        count = len(values)
+        found[name] = mean(values)
+        found[f"{name} ±"] = student(count - 1) * stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return found
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

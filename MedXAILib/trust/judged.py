@@ -15,7 +15,7 @@ from MedXAILib.explainer import Question
 from MedXAILib.explanation import SaliencyMap
 from MedXAILib.grid import resample, resample_part
 from MedXAILib.model import Model
-from MedXAILib.request import explain
+from MedXAILib.request import check_explained, explain
 from MedXAILib.run import Run
 from MedXAILib.target import Target, from_spec
 from MedXAILib.volume import Volume
@@ -36,13 +36,7 @@ class Judged:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        made = self.explanation.provenance
-        for name, known, given in (
-            ("network", made.model.get("fingerprint"), self.model.fingerprint),
-            ("volume", made.volume["fingerprint"], self.volume.fingerprint),
-        ):
-            if known != given:
-                raise MedXAIError(f"This is not the {name} that was explained ({known} then, {given} now).")
+        check_explained(self.explanation.provenance, self.model, self.volume)
         if self.explanation.batched:
             raise MedXAIError("A batch of maps cannot be judged as one: explain one scan at a time.")
 
@@ -77,20 +71,24 @@ class Judged:
         self.run.cost.backwards += found.provenance.backwards
         return found
 
+    def question(self, volume: Volume, device: torch.device) -> Question:
+        """What was explained, asked of `volume` on the `device` where the network is ready."""
+        seen = self.model.prepare(volume, self.explanation.provenance.region)
+        x = seen.x[None].to(device, self.model.dtype)
+        return Question(self.model, x, [seen], [self.target.part(0, 1)], self.run)
+
     @contextmanager
     def asked(self) -> Iterator[tuple[Question, Tensor]]:
         """The question that was answered, bound, and what the map says for the target on the grid that the network
         sees: (*spatial), summed over channels, on the CPU."""
-        made = self.explanation.provenance
         with self.model.ready(self.run.device) as device:
-            seen = self.model.prepare(self.volume, made.region)
+            question = self.question(self.volume, device)
+            (seen,) = question.seen
             if self.model.slides(seen.x.shape[1:]):
                 raise MedXAIError(
                     f"{self.model.name} looks at this scan window by window, which has no test yet: explain a region "
                     "that it sees at once."
                 )
-            x = seen.x[None].to(device, self.model.dtype)
-            question = Question(self.model, x, [seen], [self.target.part(0, 1)], self.run)
             question.bind()
             data = self.explanation.data.sum(0, keepdim=True)
             here = resample(data, self.explanation.affine, seen.x.shape[1:], seen.affine)[0]

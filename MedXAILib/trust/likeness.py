@@ -10,6 +10,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from MedXAILib.report import localisation
+
 STRONGEST = 0.05
 """The share of the voxels whose overlap counts."""
 
@@ -65,12 +67,10 @@ def overlap(one: Tensor, other: Tensor) -> float:
 def extent(data: Tensor) -> tuple[slice, ...] | None:
     """The box outside which a map (C, *spatial) is zero, with all channels; None when the map is the same everywhere in
     it, so that no other could be more or less like it."""
-    somewhere = (data != 0).any(0)
-    axes = range(somewhere.ndim)
-    taken = [somewhere.any(dim=[a for a in axes if a != axis]).nonzero().flatten().tolist() for axis in axes]
-    if not all(taken):
+    covered = localisation.extent(data)
+    if covered is None:
         return None
-    box = (slice(None), *(slice(along[0], along[-1] + 1) for along in taken))
+    box = (slice(None), *covered)
     low, high = data[box].aminmax()
     return box if low < high else None
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from MedXAILib.explainer import Question
 from MedXAILib.grid import transform
 from MedXAILib.trust.finding import Finding, Light, light
 from MedXAILib.trust.judged import Judged
@@ -45,8 +44,10 @@ def judge(judged: Judged) -> Finding:
     turned = _mirror(judged)
     mirrored = replace(volume, data=volume.data[..., turned])
 
-    with_noise = judged.again(volume=noisy).data
-    with_shift = judged.again(volume=moved).data
+    # Each scan is done with before the next, because only the last one is kept preprocessed.
+    answer = _answer(judged, volume)
+    with_noise, noisy_answer = judged.again(volume=noisy).data, _answer(judged, noisy)
+    with_shift, moved_answer = judged.again(volume=moved).data, _answer(judged, moved)
     # The last of the moved voxels may have left what the network sees.
     inner = (*box[:axis], slice(box[axis].start, box[axis].stop - 1), *box[axis + 1 :])
     places = [with_shift.roll(-1, axis)[inner], with_shift[inner]]
@@ -55,8 +56,7 @@ def judge(judged: Judged) -> Finding:
         "shift": max(correlation(own[inner], there) for there in places),
     }
     which = min(likeness, key=likeness.__getitem__)
-    answer = _answer(judged, volume)
-    changes = {"noise": _answer(judged, noisy) - answer, "shift": _answer(judged, moved) - answer}
+    changes = {"noise": noisy_answer - answer, "shift": moved_answer - answer}
     relative = {f"answer_{name}": abs(change) / max(abs(answer), 1e-12) for name, change in changes.items()}
     colour = light(likeness[which], _GOOD, _FAIR)
     when = {"noise": f"when faint noise ({NOISE:.0%}) is added", "shift": "when the scan moves by one voxel"}[which]
@@ -105,12 +105,9 @@ def _mirror(judged: Judged) -> Tensor:
 
 def _answer(judged: Judged, volume: Volume) -> float:
     """What was explained, of `volume`."""
-    model = judged.model
-    with model.ready(judged.run.device) as device, torch.no_grad():
-        seen = model.prepare(volume, judged.explanation.provenance.region)
-        x = seen.x[None].to(device, model.dtype)
-        question = Question(model, x, [seen], [judged.target.part(0, 1)], judged.run)
-        return float(question.values(x)[0])
+    with judged.model.ready(judged.run.device) as device, torch.no_grad():
+        question = judged.question(volume, device)
+        return float(question.values(question.x)[0])
 
 
 def _finding(sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:

@@ -167,9 +167,7 @@ def _part(explanation: SaliencyMap, segmentation: Volume, box: Box | None) -> tu
     patch are zero beyond it, which would make voxels that were never asked about look like background well told."""
     mask = on_grid(explanation, segmentation)
     if box is None:
-        found = extent(explanation)
-        whole = tuple(slice(0, n) for n in mask.shape)
-        box = whole if found is None else tuple(slice(int(a), int(b) + 1) for a, b in zip(*found, strict=True))
+        box = extent(explanation.data) or tuple(slice(0, n) for n in mask.shape)
     marked = mask.nonzero()
     sides = zip(box, marked.amin(0).tolist(), marked.amax(0).tolist(), strict=True)
     part = tuple(slice(min(side.start, low), max(side.stop, high + 1)) for side, low, high in sides)

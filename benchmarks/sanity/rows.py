@@ -94,10 +94,14 @@ def asked(method: str, parameters: Mapping[str, Any]) -> Maps:
     """The maps of a method, for the classes it is asked about."""
 
     def maps(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
-        meant = {key: patches.lung() if value == LUNG else value for key, value in parameters.items()}
-        return mx.explain(model, x, method, mx.ClassTarget(tuple(labels.tolist())), **meant).data.sum(1)
+        return mx.explain(model, x, method, mx.ClassTarget(tuple(labels.tolist())), **meant(parameters)).data.sum(1)
 
     return maps
+
+
+def meant(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the patches that `LUNG` stands for."""
+    return {key: patches.lung() if value == LUNG else value for key, value in parameters.items()}
 
 
 def _centre(model: mx.Model, x: Tensor, labels: Tensor) -> Tensor:
