@@ -16,13 +16,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from MedXAILib.caption import Caption, Word
     from MedXAILib.cohort_map import explain_cohort
+    from MedXAILib.concept_scores import Concept, ConceptScores
     from MedXAILib.ensemble import Ensemble
     from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
     from MedXAILib.explanation import Explanation, Provenance, SaliencyMap, load_explanation
     from MedXAILib.loading import load_model
     from MedXAILib.model import Model, Prediction
     from MedXAILib.registry import methods
-    from MedXAILib.request import explain, recompute
+    from MedXAILib.request import explain, recompute, tell
     from MedXAILib.run import Progress, Run
     from MedXAILib.similar_cases import Case, SimilarCases
     from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
 _HOME = {
     "caption": ["Caption", "Word"],
     "cohort_map": ["explain_cohort"],
+    "concept_scores": ["Concept", "ConceptScores"],
     "ensemble": ["Ensemble"],
     "errors": ["Cancelled", "MedXAIError", "OutOfMemory", "Untrusted"],
     "explanation": ["Explanation", "Provenance", "SaliencyMap", "load_explanation"],
     "loading": ["load_model"],
     "model": ["Model", "Prediction"],
     "registry": ["methods"],
-    "request": ["explain", "recompute"],
+    "request": ["explain", "recompute", "tell"],
     "run": ["Progress", "Run"],
     "similar_cases": ["Case", "SimilarCases"],
     "target": ["ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from MedXAILib.explainer import Explainer
+from MedXAILib.explainer import Technique
 
 Type = Literal["bool", "int", "float", "choice", "text", "list"]
 Format = Literal["", "numbers", "region", "mask"]
@@ -31,23 +31,24 @@ class Parameter:
     help: str
 
 
-def parameters(kind: type[Explainer]) -> list[Parameter]:
+def parameters(kind: type[Technique]) -> list[Parameter]:
     """The parameters of a method, in their order."""
     return [_parameter(name, schema) for name, schema in kind.model_json_schema()["properties"].items()]
 
 
-def question(kind: type[Explainer]) -> str:
+def question(kind: type[Technique]) -> str:
     """What a method asks, in a line."""
     return (inspect.getdoc(kind) or "").splitlines()[0]
 
 
-def describe(kind: type[Explainer]) -> dict[str, Any]:
+def describe(kind: type[Technique]) -> dict[str, Any]:
     """All there is to say of a method, as JSON takes it."""
     return {
         "id": kind.id,
         "title": kind.title,
         "question": question(kind),
         "paper": kind.paper,
+        "kind": kind.kind,
         "taxonomy": asdict(kind.taxonomy),
         "layered": kind.layered,
         "anytime": kind.anytime,

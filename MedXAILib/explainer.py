@@ -13,9 +13,11 @@ from torch import Tensor
 
 from MedXAILib.engines.checkpointing import Block
 from MedXAILib.errors import MedXAIError
+from MedXAILib.explanation import Explanation
 from MedXAILib.model import Model, Prepared
 from MedXAILib.run import Run
 from MedXAILib.target import Bound, Target, read_layers
+from MedXAILib.volume import Volume
 
 # Gradients are this much larger on their way back, because most of them are too small for float16.
 _SCALE = 1024
@@ -140,9 +142,9 @@ class Question:
             self.run.glimpse(lambda: look(so_far()))
 
 
-class Explainer(BaseModel, ABC):
-    """A technique. Its fields are its parameters: validated, with defaults and help, from which the panel, the command
-    line and the documentation build themselves."""
+class Technique(BaseModel, ABC):
+    """What all techniques have. Its fields are its parameters: validated, with defaults and help, from which the panel,
+    the command line and the documentation build themselves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -150,20 +152,40 @@ class Explainer(BaseModel, ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     taxonomy: ClassVar[Taxonomy]
+    kind: ClassVar[str]
+    """The kind of explanation that it answers with."""
     layered: ClassVar[bool] = False
     """Whether it looks inside the network, at a layer."""
     anytime: ClassVar[bool] = False
     """Whether it can end early, with what it has found so far."""
 
+    @property
+    def signed(self) -> bool:
+        """Whether its maps speak for (positive) and against (negative)."""
+        return True
+
+
+class Explainer(Technique):
+    """A technique that answers with a map."""
+
+    kind: ClassVar[str] = "SaliencyMap"
     stitching: ClassVar[Literal["sum", "blend"] | None] = "sum"
     """How its maps of a scan's windows become one: summed, because they add up to the score, or blended. None when it
     asks about whole scans itself."""
 
-    @property
-    def signed(self) -> bool:
-        """Whether its map speaks for (positive) and against (negative)."""
-        return True
-
     @abstractmethod
     def attribute(self, question: Question) -> list[Attribution]:
         """Answer `question`: one attribution for each of its targets."""
+
+
+class Teller(Technique):
+    """A technique that answers otherwise than with one map: in words, by concepts, by cases."""
+
+    @abstractmethod
+    def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
+        """Answer `question`, of one target for the one sample that the network sees of `volume`.
+
+        Returns:
+            What makes the explanation of its provenance, such as `partial(Caption, residual={}, text=text, ...)`. Maps
+            in it are on the grid of `volume`.
+        """

@@ -143,7 +143,12 @@ class SaliencyMap(Explanation):
 
 
 # The module of each kind, imported when one is read: those that build on this module could not be imported here.
-_KINDS = {"SaliencyMap": "explanation", "Caption": "caption", "SimilarCases": "similar_cases"}
+_KINDS = {
+    "SaliencyMap": "explanation",
+    "Caption": "caption",
+    "ConceptScores": "concept_scores",
+    "SimilarCases": "similar_cases",
+}
 
 
 def load_explanation(folder: str | Path) -> Explanation:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.explainer import Explainer
+from MedXAILib.explainer import Technique
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
 from MedXAILib.visual.cam import CAM
@@ -36,7 +36,7 @@ from MedXAILib.visual.rise import RISE
 from MedXAILib.visual.scorecam import ScoreCAM
 from MedXAILib.visual.supervoxel_ablation import SupervoxelAblation
 
-EXPLAINERS: dict[str, type[Explainer]] = {
+EXPLAINERS: dict[str, type[Technique]] = {
     kind.id: kind
     for kind in (
         Gradient,
@@ -71,13 +71,14 @@ EXPLAINERS: dict[str, type[Explainer]] = {
 }
 
 
-def methods() -> dict[str, type[Explainer]]:
-    """Every method by its id: parameters are `model_fields`, and `taxonomy`, `paper` and `title` say what it is."""
-    return dict(EXPLAINERS)
+def methods(kind: str | None = None) -> dict[str, type[Technique]]:
+    """Every method by its id, or those that answer with one `kind` of explanation: parameters are `model_fields`, and
+    `taxonomy`, `paper` and `title` say what it is."""
+    return {id: technique for id, technique in EXPLAINERS.items() if kind in (None, technique.kind)}
 
 
-def make(method: str, parameters: Mapping[str, Any]) -> Explainer:
-    """The explainer called `method` with `parameters`.
+def make(method: str, parameters: Mapping[str, Any]) -> Technique:
+    """The technique called `method` with `parameters`.
 
     Raises:
         MedXAIError: for an unknown method or parameter, naming the nearest, or a value out of range.

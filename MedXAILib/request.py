@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 import monai
 import numpy as np
@@ -20,8 +20,8 @@ from MedXAILib.engines.stitching import explain_by_windows
 from MedXAILib.engines.whole_scan import WholeScan
 from MedXAILib.ensemble import Ensemble, combine
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Attribution, Explainer, Question
-from MedXAILib.explanation import Provenance, SaliencyMap
+from MedXAILib.explainer import Attribution, Explainer, Question, Technique, Teller
+from MedXAILib.explanation import Explanation, Provenance, SaliencyMap
 from MedXAILib.grid import resample, resample_part
 from MedXAILib.model import Model, Prepared
 from MedXAILib.region import Region
@@ -34,6 +34,7 @@ _PRECISE = 0.02
 
 Scan = Volume | Tensor | sitk.Image
 Wanted = Target | str | int | None
+Made = TypeVar("Made", bound=Explanation)
 
 
 @overload
@@ -82,27 +83,45 @@ def explain(
         run: device, seed, memory budget, precision, progress, cancel, and whom to show the map while it becomes.
 
     Returns:
-        A map on the volume's own grid, zero outside the region.
+        A map on the volume's own grid, zero outside the region. Methods that answer in words, by concepts or by cases
+        return an explanation of that kind; `tell` is the same to a type checker.
 
     Raises:
         MedXAIError: when it cannot be done, saying what would work.
     """
     if isinstance(model, nn.Module):
         raise MedXAIError("Say what the network is for first: Model(network, task=..., class_names=...).")
-    explainer = registry.make(method, parameters)
+    technique = registry.make(method, parameters)
     several = isinstance(target, (list, tuple))
     wanted: Sequence[Wanted] = target if several else [target]  # type: ignore[assignment, list-item]
-    if isinstance(model, Ensemble):
+    found: Any
+    if isinstance(technique, Teller):
+        found = _tell(model, technique, volume, wanted, region, _fresh(run))
+    elif isinstance(model, Ensemble):
         # What one member has so far is nothing that the ensemble would say.
         alone = replace(_fresh(run), partial=None)
-        members = [_explain(m, explainer, volume, wanted, region, _fresh(alone)) for m in model.models]
-        maps = [combine(model, of_target) for of_target in zip(*members, strict=True)]
+        members = [_explain(m, technique, volume, wanted, region, _fresh(alone)) for m in model.models]
+        found = [combine(model, of_target) for of_target in zip(*members, strict=True)]
     else:
-        maps = _explain(model, explainer, volume, wanted, region, _fresh(run))
-    return maps if several else maps[0]
+        found = _explain(model, technique, volume, wanted, region, _fresh(run))
+    answer: SaliencyMap | list[SaliencyMap] = found if several else found[0]
+    return answer
 
 
-def recompute(explanation: SaliencyMap, model: Model, volume: Scan, run: Run | None = None) -> SaliencyMap:
+def tell(
+    model: Model,
+    volume: Scan,
+    method: str,
+    target: Wanted = None,
+    region: Region | None = None,
+    run: Run | None = None,
+    **parameters: Any,
+) -> Explanation:
+    """`explain` by a method that answers otherwise than with one map."""
+    return explain(model, volume, method, target, region, run, **parameters)
+
+
+def recompute(explanation: Made, model: Model, volume: Scan, run: Run | None = None) -> Made:
     """Compute an explanation again from its provenance.
 
     Raises:
@@ -112,7 +131,8 @@ def recompute(explanation: SaliencyMap, model: Model, volume: Scan, run: Run | N
     check_explained(made, model, volume)
     run = run if run is not None else Run(device=made.device)
     run = replace(run, seed=made.seed, precision=made.model.get("precision"))
-    return explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
+    again = explain(model, volume, made.method, from_spec(made.target), made.region, run, **made.parameters)
+    return cast(Made, again)
 
 
 def check_explained(made: Provenance, model: Model, volume: Scan) -> None:
@@ -155,9 +175,37 @@ class _Batch:
         return " ".join(v.fingerprint for v in self.volumes)
 
 
+def _tell(
+    model: Model | Ensemble, teller: Teller, volume: Scan, wanted: Sequence[Wanted], region: Region | None, run: Run
+) -> list[Explanation]:
+    if isinstance(model, Ensemble):
+        raise MedXAIError(f"{teller.title} is of one network, not of an ensemble: ask its members one by one.")
+    batch = _Batch.of(volume, model)
+    if batch.batched:
+        raise MedXAIError(f"{teller.title} is of one scan at a time: ask about each scan of the batch.")
+    targets = [as_target(t, model) for t in wanted]
+    (scan,) = batch.volumes
+    with model.ready(run.device) as device, run.measured(device):
+        run.step(0, 1, "Preprocessing")
+        seen = model.prepare(scan, region)
+        if model.slides(seen.x.shape[1:]):
+            raise MedXAIError(
+                f"{model.name} looks at this scan window by window: say where with region=(x, y, z) in RAS mm."
+            )
+        x = seen.x[None].to(device, model.dtype)
+        told = []
+        for target in targets:
+            question = Question(model, x, [seen], [target], run)
+            question.bind()
+            told.append((teller.tell(question, scan), question.bound[0]))
+    made = _common(model, teller, batch, region, run, device)
+    return [finish(provenance=Provenance(**made, **_of_target([(bound, 1)]))) for finish, bound in told]
+
+
 def _explain(
-    model: Model, explainer: Explainer, volume: Scan, wanted: Sequence[Wanted], region: Region | None, run: Run
+    model: Model, explainer: Technique, volume: Scan, wanted: Sequence[Wanted], region: Region | None, run: Run
 ) -> list[SaliencyMap]:
+    assert isinstance(explainer, Explainer)
     batch = _Batch.of(volume, model)
     targets = [as_target(t, model) for t in wanted]
     with model.ready(run.device) as device, run.measured(device):
@@ -276,7 +324,7 @@ def _worst(residuals: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _common(
-    model: Model, explainer: Explainer, batch: _Batch, region: Region | None, run: Run, device: torch.device
+    model: Model, explainer: Technique, batch: _Batch, region: Region | None, run: Run, device: torch.device
 ) -> dict[str, Any]:
     return {
         "method": explainer.id,

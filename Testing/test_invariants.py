@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "meaningful_perturbation": {"steps": 2, "jitter": 0.0, "noise": 0.0},
     "counterfactual_infill": {"within": ((4.0, 4.0, 4.0), (15.0, 15.0, 9.0))},
 }
-METHODS = list(mx.methods())
+METHODS = list(mx.methods("SaliencyMap"))
 NOT_MIRRORED = {
     "smoothgrad": "the noise",
     "vargrad": "the noise",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from MedXAILib import description
-from MedXAILib.explainer import Explainer
+from MedXAILib.explainer import Technique
 from MedXAILib.registry import EXPLAINERS
 
 _TYPES = {
@@ -30,7 +30,7 @@ class Parameter:
     help: str
 
 
-def parameters(kind: type[Explainer]) -> list[Parameter]:
+def parameters(kind: type[Technique]) -> list[Parameter]:
     """The parameters of a method, in their order."""
     return [_in_words(p) for p in description.parameters(kind)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.run import Run
-from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
+from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import healthy_tissue, lung_nodule, lung_nodule_segmentation
 from MedXAILib.training.trainer import Recipe, fit
 
@@ -42,8 +42,8 @@ def train(name: str, out: Path, run: Run, quick: bool = False) -> dict[str, floa
     network = fit(recipe, Backgrounds.training(), checkpoint, run)
     seconds = time.monotonic() - began
     test = Backgrounds.test()
-    metrics = recipe.measure(network, synthesise(test, recipe.test, _TEST_SEED))
-    borderline = recipe.measure(network, synthesise(test, recipe.test, _BORDERLINE_SEED, borderline=True))
+    metrics = recipe.measure(network, recipe.synthesise(test, recipe.test, _TEST_SEED))
+    borderline = recipe.measure(network, recipe.synthesise(test, recipe.test, _BORDERLINE_SEED, borderline=True))
     metrics |= {f"borderline_{key}": value for key, value in borderline.items()}
     metrics |= {f"real_{key}": value for key, value in recipe.real(network, test).items()}
     metrics = {key: round(value, 4) for key, value in metrics.items()} | {"seconds": round(seconds)}

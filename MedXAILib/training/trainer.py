@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError
 from MedXAILib.run import Run
-from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
+from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
 
 _VALIDATION_SEED = 1
 _WARM_UP = 0.2
@@ -24,21 +24,23 @@ _WARM_UP = 0.2
 class Recipe:
     """How a demo network comes about.
 
-    `network()` builds it; `loss(network, patches)` is minimised; `measure(network, patches)` gives named numbers of
-    which `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own
-    lesion; `publish(network, metrics, folder)` writes the bundle.
-    Every batch is freshly synthesised, so an epoch is only the distance between two validations.
+    `network()` builds it; `loss(network, batch)` is minimised; `measure(network, batch)` gives named numbers of which
+    `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own lesion;
+    `publish(network, metrics, folder)` writes the bundle.
+    A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test. Every one is
+    fresh, so an epoch is only the distance between two validations.
     """
 
     name: str
     network: Callable[[], Any]
-    loss: Callable[[Any, Nodules], Tensor]
-    measure: Callable[[Any, Nodules], dict[str, float]]
+    loss: Callable[[Any, Any], Tensor]
+    measure: Callable[[Any, Any], dict[str, float]]
     real: Callable[[Any, Backgrounds], dict[str, float]]
     score: str
     publish: Callable[[Any, dict[str, float], Path], None]
     epochs: int
     steps: int
+    synthesise: Callable[..., Any] = synthesise
     batch: int = 30
     learning_rate: float = 3e-3
     patience: int = 8
@@ -65,7 +67,7 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
         torch.manual_seed(run.seed)
         network = recipe.network().to(device)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    held_out = synthesise(backgrounds, recipe.validation, _VALIDATION_SEED)
+    held_out = recipe.synthesise(backgrounds, recipe.validation, _VALIDATION_SEED)
     identity = f"{recipe.name}, seed {run.seed}, {recipe.epochs} x {recipe.steps} x {recipe.batch}"
     epoch, best_epoch, best = 0, 0, -math.inf
     weights = _weights(network)
@@ -78,8 +80,8 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
         epoch, best_epoch, best, weights = state["epoch"], state["best_epoch"], state["best"], state["weights"]
     total = recipe.epochs * recipe.steps
 
-    def batch(step: int) -> Nodules:
-        return synthesise(backgrounds, recipe.batch, (run.seed + 1) * 1_000_000 + step)
+    def batch(step: int) -> Any:
+        return recipe.synthesise(backgrounds, recipe.batch, (run.seed + 1) * 1_000_000 + step)
 
     # The next batch is synthesised while the network learns from this one.
     with ThreadPoolExecutor(1) as ahead:

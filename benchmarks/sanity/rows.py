@@ -82,7 +82,7 @@ class Row:
 def every() -> Iterator[Row]:
     """The references, then every method there is, but those of one region."""
     yield from REFERENCES
-    for method, kind in mx.methods().items():
+    for method, kind in mx.methods("SaliencyMap").items():
         if method in OF_ONE_REGION:
             continue
         for setting, parameters in SETTINGS.get(method, {"": {}}).items():
