@@ -113,6 +113,7 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
         raise MedXAIError(f"The '{definition}' of '{source}' is {type(network).__name__}, not a network.")
     _load_weights(network, folder / "models", source)
     image, channels, spatial = _input(metadata)
+    own = metadata.get("medxai", {})
     return Model(
         network,
         **{
@@ -122,7 +123,9 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
             "channels": channels,
             "patch_size": spatial,
             "window": window,
-            "layers": tuple(metadata.get("medxai", {}).get("layers", ())),
+            "layers": tuple(own.get("layers", ())),
+            "retrained": tuple(folder / name for name in own.get("retrained", ())),
+            "permuted": folder / own["permuted"] if "permuted" in own else None,
             **_output(metadata),
             **known,
         },

@@ -6,7 +6,6 @@ import importlib
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from MedXAILib.bundle import is_bundle, load_bundle, sha256
 from MedXAILib.errors import MedXAIError, Untrusted, unknown
-from MedXAILib.model import Model
+from MedXAILib.model import Model, Source
 
 _ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -23,7 +22,7 @@ _ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _DISK = re.compile(r"\b(?:torch\.|ops\.aten\.|aten::)?(?:save|from_file)\s*\(")
 
 
-def load_model(source: str | Path | Callable[[], Any], trust: bool = False, **known: Any) -> Model:
+def load_model(source: Source, trust: bool = False, **known: Any) -> Model:
     """A model from a MONAI bundle (folder or zip), a Python entry point ``"package.module:function"`` that returns a
     `Model` or a network, or a TorchScript file.
 

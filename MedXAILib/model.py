@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +23,9 @@ from MedXAILib.volume import Volume
 from MedXAILib.window import Window
 
 Task = Literal["classification", "multilabel", "ordinal", "regression", "segmentation", "embedding"]
+
+Source = str | Path | Callable[[], Any]
+"""What `load_model` makes a model of."""
 
 _CONVOLUTIONS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -67,6 +71,7 @@ class Model:
         layers: good layers for class activation maps, best first; found by itself when empty.
         channels: input channels, and `spatial_dims`: 2 or 3; both read from the first convolution when left out.
         name, source: what to call it, and where it came from.
+        retrained, permuted: the same network after other trainings, and after one on permuted labels, to be loaded.
     """
 
     network: nn.Module
@@ -81,6 +86,8 @@ class Model:
     spatial_dims: int | None = None
     name: str = ""
     source: str | None = None
+    retrained: Sequence[Source] = ()
+    permuted: Source | None = None
     keeps_last: bool = field(default=False, init=False)
     """Whether to keep the last volume preprocessed, which the next question is often about: memory for time."""
     _kept: tuple[Any, Prepared] | None = field(default=None, init=False, repr=False)

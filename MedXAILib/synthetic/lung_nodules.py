@@ -49,7 +49,7 @@ _LESION_GROWTH = 3
 _CHUNK = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backgrounds:
     """A chest CT to take pieces of. `hu` (R, A, S) at `SPACING_MM`; `affine` takes its indices to RAS mm.
 

@@ -10,7 +10,16 @@ from typing import Any
 
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.explanation import SaliencyMap
-from MedXAILib.trust import additivity, channels, discrimination, faithfulness, randomisation, stability, validity
+from MedXAILib.trust import (
+    additivity,
+    channels,
+    discrimination,
+    faithfulness,
+    randomisation,
+    retraining,
+    stability,
+    validity,
+)
 from MedXAILib.trust.finding import Finding
 from MedXAILib.trust.judged import Judged
 
@@ -52,6 +61,8 @@ CHECKS: dict[str, Check] = {
     "discrimination": Check("Is it about this answer?", discrimination.judge, 1, 1),
     "channels": Check("Which channel does the answer come from?", channels.judge, 0, 2**2),
     "additivity": Check("Do its values mean amounts?", lambda judged: additivity.judge(judged, _SETS), 0, _SETS + 1),
+    "permuted": Check("Does it depend on the labels that were learnt?", retraining.permuted, 1),
+    "repeatability": Check("Would another training give the same map?", retraining.repeatability, 2),
 }
 """In the order of what matters most. A new check is a file of its own and a line here."""
 

@@ -17,7 +17,7 @@ from MedXAILib.grid import resample, resample_part
 from MedXAILib.model import Model
 from MedXAILib.request import check_explained, explain
 from MedXAILib.run import Run
-from MedXAILib.target import Target, from_spec
+from MedXAILib.target import SegmentationTarget, Target, from_spec
 from MedXAILib.volume import Volume
 
 
@@ -44,6 +44,16 @@ class Judged:
     def target(self) -> Target:
         """What was explained."""
         return from_spec(self.explanation.provenance.target)
+
+    @cached_property
+    def settled(self) -> Target:
+        """The target, within what the network segments: another network may find nothing."""
+        target = self.target
+        if not isinstance(target, SegmentationTarget) or target.layer is not None or target.within != "predicted":
+            return target
+        labels = self.model.predict(self.volume, self.explanation.provenance.region).labels
+        assert labels is not None
+        return replace(target, within=Volume(labels.data.eq(float(target.which)), labels.affine))
 
     @cached_property
     def box(self) -> tuple[slice, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from statistics import mean
 
 import torch
@@ -18,11 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from MedXAILib.engines.capture import suggest_layer
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
-from MedXAILib.target import SegmentationTarget, Target
 from MedXAILib.trust.finding import Finding, Light, light
 from MedXAILib.trust.judged import Judged
 from MedXAILib.trust.likeness import correlation, extent
-from MedXAILib.volume import Volume
 
 Stage = str | Sequence[str]
 """Modules, by their names in the network, that are re-drawn together with all that is in them."""
@@ -59,9 +56,9 @@ def judge(judged: Judged) -> Finding:
                 alike = alike.with_network(alike.network)
                 alike.layers = (suggest_layer(question),)
     upper = parts[: max(2, math.ceil(len(parts) / 3))]
-    stage, target = [name for part in upper for name in part], _settled(judged)
+    stage = [name for part in upper for name in part]
     found = [
-        abs(correlation(own[box], judged.again(model=alike.with_network(network), target=target).data[box]))
+        abs(correlation(own[box], judged.again(model=alike.with_network(network), target=judged.settled).data[box]))
         for draw in range(DRAWS)
         for network in cascade(judged.model.network, [stage], x, made.seed * DRAWS + draw)
     ]
@@ -211,16 +208,6 @@ def _redraw(network: nn.Module, stage: Stage, seed: int) -> None:
 def _modules(network: nn.Module, stage: Stage) -> Iterator[nn.Module]:
     for name in [stage] if isinstance(stage, str) else stage:
         yield from network.get_submodule(name).modules()
-
-
-def _settled(judged: Judged) -> Target:
-    """The target, within what the trained network segments: a scrambled one may find nothing."""
-    target = judged.target
-    if not isinstance(target, SegmentationTarget) or target.layer is not None or target.within != "predicted":
-        return target
-    labels = judged.model.predict(judged.volume, judged.explanation.provenance.region).labels
-    assert labels is not None
-    return replace(target, within=Volume(labels.data.eq(float(target.which)), labels.affine))
 
 
 def _finding(sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:

@@ -21,6 +21,8 @@ _TITLES = {
     "discrimination": _("Is it about this answer?"),
     "channels": _("Which channel does the answer come from?"),
     "additivity": _("Do its values mean amounts?"),
+    "permuted": _("Does it depend on the labels that were learnt?"),
+    "repeatability": _("Would another training give the same map?"),
 }
 
 
