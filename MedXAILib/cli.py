@@ -358,12 +358,13 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the bundle. \\[default: the name]", show_default=False)
     ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
     seed: _Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only go through the motions, in seconds.")] = False,
 ) -> None:
     """Train a network that ships with MedXAI again. The same command goes on with an interrupted training."""
     out = Path(name.replace("-", "_")) if out is None else out
-    with _live(seed=seed) as run:
+    with _live(device=device, seed=seed) as run:
         from MedXAILib import training
 
         measured = training.train(name, out, run, quick)

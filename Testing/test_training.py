@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from MedXAILib.errors import Cancelled, MedXAIError
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules, synthesise
-from MedXAILib.training import RECIPES, lung_nodule, lung_nodule_segmentation, train
+from MedXAILib.training import RECIPES, lung_nodule, lung_nodule_segmentation, train, trainer
 from MedXAILib.training.trainer import fit
 
 BUNDLES = ["lung_nodule", "lung_nodule_segmentation"]
@@ -174,6 +175,46 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> N
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     with pytest.raises(MedXAIError, match="another training"):
         fit(recipe, backgrounds, tmp_path / "broken.pt", Run(seed=4))
+
+
+def test_batches_are_made_ahead_in_order_and_not_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_AHEAD", 3)
+    together, made = threading.Barrier(3), []
+
+    def make(step: int) -> int:
+        if step < 3:
+            together.wait(timeout=30)  # Never passed by fewer than three at once.
+        made.append(step)
+        return step
+
+    for step, batch in enumerate(trainer._ahead(make, range(10, 10))):
+        raise AssertionError((step, batch))
+    for step, batch in enumerate(trainer._ahead(make, range(9))):
+        assert batch == step
+        assert max(made) <= step + 3
+    assert sorted(made) == list(range(9))
+
+
+def test_dropout_is_resumed_too(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool3d(4), nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))
+
+    def loss(network: nn.Module, patches: Nodules) -> torch.Tensor:
+        return nn.functional.cross_entropy(network(patches.images), patches.labels)
+
+    recipe = replace(RECIPES["lung-nodule"], network=network, loss=loss, measure=lambda *_: {"log_likelihood": 0.0})
+    recipe = replace(recipe, epochs=2, steps=2, batch=6, validation=6)
+    kept: list[dict[str, torch.Tensor]] = []
+    for name, stop in (("whole", 99), ("broken", 3), ("broken", 99)):
+        steps = iter(range(stop))
+        run = Run(cancel=lambda steps=steps: next(steps, None) is None)
+        try:
+            fit(recipe, scan(), tmp_path / name, run)
+        except Cancelled:
+            assert name == "broken"
+        kept.append(torch.load(tmp_path / name, weights_only=True)["network"])
+        torch.rand(5)  # Whatever else draws random numbers in between.
+    assert all(torch.equal(value, kept[2][key]) for key, value in kept[0].items())
 
 
 def test_training_refuses_what_it_cannot_do(tmp_path: Path) -> None:

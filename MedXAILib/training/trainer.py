@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
 
 _VALIDATION_SEED = 1
 _WARM_UP = 0.2
+_AHEAD = min(4, max(1, (os.cpu_count() or 1) // 2))
+"""Batches in the making while the network learns from another."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Recipe:
     `network()` builds it; `loss(network, batch)` is minimised; `measure(network, batch)` gives named numbers of which
     `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own lesion;
     `publish(network, metrics, folder)` writes the bundle.
-    A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test. Every one is
-    fresh, so an epoch is only the distance between two validations.
+    A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
+    threads call it at once. Every one is fresh, so an epoch is only the distance between two validations.
     """
 
     name: str
@@ -81,17 +86,19 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
     total = recipe.epochs * recipe.steps
 
     def batch(step: int) -> Any:
-        return recipe.synthesise(backgrounds, recipe.batch, (run.seed + 1) * 1_000_000 + step)
+        return recipe.synthesise(backgrounds, recipe.batch, _step_seed(run, step))
 
-    # The next batch is synthesised while the network learns from this one.
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(batch, epoch * recipe.steps)
+    devices = [device] if device.type == "cuda" else []
+    steps = range(epoch * recipe.steps, total)
+    with closing(_ahead(batch, steps)) as batches, torch.random.fork_rng(devices=devices):
         while epoch < recipe.epochs and epoch - best_epoch < recipe.patience:
             for step in range(epoch * recipe.steps, (epoch + 1) * recipe.steps):
                 run.step(step, total, f"Training {recipe.name}")
-                patches, coming = coming.result(), ahead.submit(batch, step + 1)
+                patches = next(batches)
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.learning_rate * _one_cycle(step / total)
+                # Interrupted or not, dropout drops the same.
+                torch.manual_seed(_step_seed(run, step))
                 network.train()
                 optimiser.zero_grad()
                 recipe.loss(network, patches).backward()
@@ -113,6 +120,22 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
             _save(state, checkpoint)
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _ahead(make: Callable[[int], Any], steps: range) -> Generator[Any, None, None]:
+    """`make(step)` for each of `steps`, in their order, made in threads before they are asked for."""
+    with ThreadPoolExecutor(_AHEAD) as threads:
+        coming: deque[Future[Any]] = deque()
+        for step in steps:
+            coming.append(threads.submit(make, step))
+            if len(coming) > _AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _step_seed(run: Run, step: int) -> int:
+    return (run.seed + 1) * 1_000_000 + step
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
