@@ -22,9 +22,9 @@ class LungNoduleClassifier(nn.Module):
 
     def __init__(self, classes: int = 3, attributes: int = 7, width: int = 16) -> None:
         super().__init__()
-        self.stem = _block(1, width, kernel=4, stride=2)
-        self.texture = nn.Sequential(_block(width, width), nn.MaxPool3d(2))
-        self.shape = nn.Sequential(_block(width, 2 * width), _block(2 * width, 3 * width))
+        self.stem = block(1, width, kernel=4, stride=2)
+        self.texture = nn.Sequential(block(width, width), nn.MaxPool3d(2))
+        self.shape = nn.Sequential(block(width, 2 * width), block(2 * width, 3 * width))
         self.evidence = Evidence(3 * width, 4 * width)
         self.class_head = nn.Linear(8 * width, classes)
         self.attribute_head = AttributeHead(8 * width, attributes)
@@ -47,7 +47,7 @@ class Evidence(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.block = _block(inputs, outputs)
+        self.block = block(inputs, outputs)
 
     def forward(self, features: Tensor, density: Tensor) -> Tensor:
         found: Tensor = self.block(features) * density
@@ -72,7 +72,8 @@ class AttributeHead(nn.Linear):
         return super().forward(features) * self.scale + self.offset
 
 
-def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch normalisation and ReLU: features (N, inputs, ...) -> (N, outputs, ...), not negative."""
     return nn.Sequential(
         nn.Conv3d(inputs, outputs, kernel, stride, padding=1, bias=False),
         nn.BatchNorm3d(outputs),
