@@ -289,6 +289,7 @@ def _output(metadata: dict[str, Any]) -> dict[str, Any]:
     outputs = metadata.get("network_data_format", {}).get("outputs", {})
     spec = outputs.get(next(iter(outputs), ""), {})
     said = f"{spec.get('format', '')} {spec.get('type', '')} {metadata.get('task', '')}".lower()
-    task = "segmentation" if "segment" in said else "regression" if "regress" in said else "classification"
+    known = {"segment": "segmentation", "regress": "regression", "ordinal": "ordinal"}
+    task = next((name for word, name in known.items() if word in said), "classification")
     channels = spec.get("channel_def", {})
     return {"task": task, "class_names": tuple(channels[key] for key in sorted(channels, key=int))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ def write_bundle(
     layers: list[str],
     card: str,
     metrics: Mapping[str, float],
+    spatial_shape: Sequence[int | str] = (SIZE,) * 3,
 ) -> None:
     """Write `folder` as a MONAI bundle; it appears complete or not at all, and replaces an older one.
 
     `definition` is the network's `_target_` and arguments, `handlers` what else `monai.bundle run` does with the
     predictions, `about` the metadata's task, description and intended use, `output` the metadata's description of the
-    prediction, `layers` where explanations had best look, `card` the model card in Markdown.
+    prediction, `layers` where explanations had best look, `card` the model card in Markdown,
+    `spatial_shape` what the network takes: "*" is any size.
     """
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -58,7 +60,7 @@ def write_bundle(
     # MONAI's specification wants model.pt; a bare state dict of tensors loads with weights_only, without unpickling.
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, beside / "models" / "model.pt")
     _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers))
-    _write_json(beside / "configs" / "metadata.json", _metadata(about, output, layers, metrics))
+    _write_json(beside / "configs" / "metadata.json", _metadata(about, output, layers, metrics, spatial_shape))
     (beside / "docs" / "README.md").write_text(card, encoding="utf-8")
     (beside / "LICENSE").write_text(_LICENCE, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +137,11 @@ def _inference(
 
 
 def _metadata(
-    about: Mapping[str, Any], output: Mapping[str, Any], layers: list[str], metrics: Mapping[str, float]
+    about: Mapping[str, Any],
+    output: Mapping[str, Any],
+    layers: list[str],
+    metrics: Mapping[str, float],
+    spatial_shape: Sequence[int | str],
 ) -> dict[str, Any]:
     return {
         "version": "1.0.0",
@@ -158,10 +164,10 @@ def _metadata(
                     "format": "hounsfield",
                     "modality": "CT",
                     "num_channels": 1,
-                    "spatial_shape": [SIZE] * 3,
+                    "spatial_shape": list(spatial_shape),
                     "dtype": "float32",
                     "value_range": [0, 1],
-                    "is_patch_data": True,
+                    "is_patch_data": "*" not in spatial_shape,
                     "channel_def": {"0": "image"},
                 }
             },

@@ -33,7 +33,8 @@ class Recipe:
     `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own lesion;
     `publish(network, metrics, folder)` writes the bundle.
     A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
-    threads call it at once. Every one is fresh, so an epoch is only the distance between two validations.
+    threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine` does
+    so for the test, where that is of something else than what the network learns from.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe:
     epochs: int
     steps: int
     synthesise: Callable[..., Any] = synthesise
+    examine: Callable[..., Any] | None = None
     batch: int = 30
     learning_rate: float = 3e-3
     patience: int = 8
@@ -54,7 +56,7 @@ class Recipe:
 
     def smoke(self) -> Recipe:
         """The same in seconds: what it yields is no good, but it is all there."""
-        return replace(self, epochs=2, steps=5, batch=6, validation=12, test=12)
+        return replace(self, epochs=2, steps=5, batch=6, validation=12, test=min(12, self.test // 10))
 
 
 def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) -> nn.Module:
