@@ -1,17 +1,20 @@
-"""Writing a trained demo network as a MONAI bundle."""
+"""Writing a trained network as a MONAI bundle."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.transforms import Compose, Orientation, ScaleIntensityRange, Spacing
 from torch import nn
 
+from MedXAILib.errors import MedXAIError
 from MedXAILib.synthetic.lung_nodules import HU_RANGE, SIZE, SPACING_MM
 
 _COPYRIGHT = "Copyright 2026 the MedXAI authors"
@@ -30,6 +33,39 @@ The weights were trained on pieces of a chest CT that pyradiomics 3.0.1 distribu
 (Copyright 2017 Harvard Medical School).
 """
 
+_SMALLEST = 24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a network is given: a cube of `size` voxels of `spacing_mm` a side, whose axes are (R, A, S), with the
+    `intensities` (low, high) of a scan as 0 and 1; what is beyond is clipped.
+
+    Raises:
+        MedXAIError: for less than 24 voxels, a spacing that is not positive, and intensities in the wrong order.
+    """
+
+    size: int = SIZE
+    spacing_mm: float = SPACING_MM
+    intensities: tuple[float, float] = HU_RANGE
+
+    def __post_init__(self) -> None:
+        if self.size < _SMALLEST:
+            raise MedXAIError(f"A patch has at least {_SMALLEST} voxels a side, not {self.size}: give a larger size.")
+        if not self.spacing_mm > 0:
+            raise MedXAIError(f"Voxels are not {self.spacing_mm:g} mm apart: give a spacing above 0.")
+        if not self.intensities[0] < self.intensities[1]:
+            raise MedXAIError(f"Intensities go from low to high, not from {' to '.join(map(str, self.intensities))}.")
+
+    def transforms(self) -> Compose:
+        """The preprocessing that a bundle of this grid describes, on a MetaTensor (C, X, Y, Z)."""
+        scaled = ScaleIntensityRange(*self.intensities, 0.0, 1.0, clip=True)
+        return Compose([Orientation("RAS", labels=None), Spacing(self.spacing_mm, mode="bilinear"), scaled])
+
+
+_GRID = Grid()
+_CT = {"format": "hounsfield", "modality": "CT"}
+
 
 def write_bundle(
     folder: Path,
@@ -44,14 +80,18 @@ def write_bundle(
     layers: list[str],
     card: str,
     metrics: Mapping[str, float],
-    spatial_shape: Sequence[int | str] = (SIZE,) * 3,
+    grid: Grid = _GRID,
+    spatial_shape: Sequence[int | str] | None = None,
+    image: Mapping[str, str] = _CT,
+    licence: str = _LICENCE,
 ) -> None:
     """Write `folder` as a MONAI bundle; it appears complete or not at all, and replaces an older one.
 
     `definition` is the network's `_target_` and arguments, `handlers` what else `monai.bundle run` does with the
-    predictions, `about` the metadata's task, description and intended use, `output` the metadata's description of the
-    prediction, `layers` where explanations had best look, `card` the model card in Markdown,
-    `spatial_shape` what the network takes: "*" is any size.
+    predictions, `about` the metadata's task, description and intended use (and authors and source of the data, where
+    they are not those of the demo networks), `output` the metadata's description of the prediction, `layers` where
+    explanations had best look, `card` the model card in Markdown, `grid` what the network is given, `spatial_shape`
+    which other sizes it takes ("*" is any), `image` the format and modality of scans, `licence` the text, if any.
     """
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -59,10 +99,12 @@ def write_bundle(
         (beside / name).mkdir(parents=True)
     # MONAI's specification wants model.pt; a bare state dict of tensors loads with weights_only, without unpickling.
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, beside / "models" / "model.pt")
-    _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers))
-    _write_json(beside / "configs" / "metadata.json", _metadata(about, output, layers, metrics, spatial_shape))
+    _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers, grid))
+    given = {**image, "spatial_shape": list(spatial_shape or (grid.size,) * 3)}
+    _write_json(beside / "configs" / "metadata.json", _metadata(about, given, output, layers, metrics))
     (beside / "docs" / "README.md").write_text(card, encoding="utf-8")
-    (beside / "LICENSE").write_text(_LICENCE, encoding="utf-8")
+    if licence:
+        (beside / "LICENSE").write_text(licence, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
 
@@ -76,8 +118,9 @@ def _inference(
     inferer: Mapping[str, Any],
     postprocessing: list[Mapping[str, Any]],
     handlers: list[Mapping[str, Any]],
+    grid: Grid,
 ) -> dict[str, Any]:
-    low, high = HU_RANGE
+    low, high = grid.intensities
     return {
         "imports": ["$import glob", "$import os"],
         "bundle_root": ".",
@@ -94,7 +137,7 @@ def _inference(
                 {"_target_": "LoadImaged", "keys": "@image_key"},
                 {"_target_": "EnsureChannelFirstd", "keys": "@image_key"},
                 {"_target_": "Orientationd", "keys": "@image_key", "axcodes": "RAS", "labels": None},
-                {"_target_": "Spacingd", "keys": "@image_key", "pixdim": [SPACING_MM] * 3, "mode": "bilinear"},
+                {"_target_": "Spacingd", "keys": "@image_key", "pixdim": [grid.spacing_mm] * 3, "mode": "bilinear"},
                 {
                     "_target_": "ScaleIntensityRanged",
                     "keys": "@image_key",
@@ -138,10 +181,10 @@ def _inference(
 
 def _metadata(
     about: Mapping[str, Any],
+    image: Mapping[str, Any],
     output: Mapping[str, Any],
     layers: list[str],
     metrics: Mapping[str, float],
-    spatial_shape: Sequence[int | str],
 ) -> dict[str, Any]:
     return {
         "version": "1.0.0",
@@ -150,24 +193,22 @@ def _metadata(
         "pytorch_version": version("torch").split("+")[0],
         "numpy_version": version("numpy"),
         "required_packages_version": {"nibabel": "5.3.0", "pytorch-ignite": "0.5.0"},
-        **about,
         "authors": "the MedXAI authors",
         "copyright": _COPYRIGHT,
         "data_source": "chest CT lung2 of pyradiomics 3.0.1 (BSD 3-Clause), with computed nodules",
         "data_type": "nrrd",
+        **about,
         "eval_metrics": dict(metrics),
         "medxai": {"layers": layers},
         "network_data_format": {
             "inputs": {
                 "image": {
                     "type": "image",
-                    "format": "hounsfield",
-                    "modality": "CT",
                     "num_channels": 1,
-                    "spatial_shape": list(spatial_shape),
+                    **image,
                     "dtype": "float32",
                     "value_range": [0, 1],
-                    "is_patch_data": "*" not in spatial_shape,
+                    "is_patch_data": "*" not in image["spatial_shape"],
                     "channel_def": {"0": "image"},
                 }
             },
