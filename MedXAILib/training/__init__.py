@@ -9,11 +9,24 @@ from pathlib import Path
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import Backgrounds
-from MedXAILib.training import healthy_tissue, lung_nodule, lung_nodule_segmentation
+from MedXAILib.training import (
+    attention_classifier,
+    attention_segmentation,
+    healthy_tissue,
+    lung_nodule,
+    lung_nodule_segmentation,
+)
 from MedXAILib.training.trainer import Recipe, fit
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (lung_nodule.RECIPE, lung_nodule_segmentation.RECIPE, healthy_tissue.RECIPE)
+    recipe.name: recipe
+    for recipe in (
+        lung_nodule.RECIPE,
+        lung_nodule_segmentation.RECIPE,
+        healthy_tissue.RECIPE,
+        attention_classifier.RECIPE,
+        attention_segmentation.RECIPE,
+    )
 }
 
 _TEST_SEED, _BORDERLINE_SEED = 2, 3
@@ -42,8 +55,9 @@ def train(name: str, out: Path, run: Run, quick: bool = False) -> dict[str, floa
     network = fit(recipe, Backgrounds.training(), checkpoint, run)
     seconds = time.monotonic() - began
     test = Backgrounds.test()
-    metrics = recipe.measure(network, recipe.synthesise(test, recipe.test, _TEST_SEED))
-    borderline = recipe.measure(network, recipe.synthesise(test, recipe.test, _BORDERLINE_SEED, borderline=True))
+    examine = recipe.examine or recipe.synthesise
+    metrics = recipe.measure(network, examine(test, recipe.test, _TEST_SEED))
+    borderline = recipe.measure(network, examine(test, recipe.test, _BORDERLINE_SEED, borderline=True))
     metrics |= {f"borderline_{key}": value for key, value in borderline.items()}
     metrics |= {f"real_{key}": value for key, value in recipe.real(network, test).items()}
     metrics = {key: round(value, 4) for key, value in metrics.items()} | {"seconds": round(seconds)}

@@ -36,12 +36,12 @@ def loss(network: LungNoduleClassifier, patches: Nodules) -> Tensor:
     return F.cross_entropy(network.class_head(features), patches.labels.to(device)) + _ATTRIBUTE_WEIGHT * error
 
 
-def measure(network: LungNoduleClassifier, patches: Nodules) -> dict[str, float]:
-    """Accuracy, mean log-likelihood, and where HiResCAM at `evidence` puts the class of the lesions it got right.
+def measure(network: LungNoduleClassifier, patches: Nodules, layer: str = "evidence") -> dict[str, float]:
+    """Accuracy, mean log-likelihood, and where HiResCAM at `layer` puts the class of the lesions it got right.
 
     `pointing` is the share whose peak lies in the mask, `mass` the mean share of the positive relevance in the mask.
     """
-    logits, relevance = zip(*(hirescam(network, images) for images in patches.images.split(50)), strict=True)
+    logits, relevance = zip(*(hirescam(network, part, layer) for part in patches.images.split(50)), strict=True)
     scores, maps = torch.cat(logits), torch.cat(relevance)
     right = scores.argmax(1) == patches.labels
     lesion = right & (patches.labels > 0)
@@ -54,13 +54,13 @@ def measure(network: LungNoduleClassifier, patches: Nodules) -> dict[str, float]
     }
 
 
-def hirescam(network: LungNoduleClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Class logits (N, 3) and the predicted class's HiResCAM at `evidence` on the patch (N, 1, 40, 40, 40), on the CPU.
+def hirescam(network: LungNoduleClassifier, images: Tensor, layer: str = "evidence") -> tuple[Tensor, Tensor]:
+    """Class logits (N, 3) and the predicted class's HiResCAM at `layer` on the patch (N, 1, 40, 40, 40), on the CPU.
 
     Draelos and Carin 2021, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional networks.
     """
     kept: list[Tensor] = []
-    handle = network.evidence.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
         with torch.enable_grad():
             logits = network(images.to(network.class_head.weight.device))
@@ -84,11 +84,26 @@ def real(network: LungNoduleClassifier, scan: Backgrounds) -> dict[str, float]:
 
 def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
     """Write the bundle."""
+    about = {
+        "name": "Lung nodule classifier",
+        "task": "Classification of lung patches of 50 mm: no nodule, benign-like, malignant-like by a known rule",
+        "description": "A demonstration network for explanations. Its classes follow a published rule on computed "
+        "nodules, not pathology.",
+        "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+    }
+    write_classifier(folder, network, about, ["evidence"], _CARD.format(**metrics), metrics)
+
+
+def write_classifier(
+    folder: Path, network: nn.Module, about: dict[str, str], layers: list[str], card: str, metrics: dict[str, float]
+) -> None:
+    """Write the bundle of a network that is made and asked as `LungNoduleClassifier` is (see `write_bundle`)."""
+    kind = type(network)
     write_bundle(
         folder,
         network,
         definition={
-            "_target_": "MedXAILib.networks.lung_nodule.LungNoduleClassifier",
+            "_target_": f"{kind.__module__}.{kind.__name__}",
             "classes": len(CLASSES),
             "attributes": len(ATTRIBUTES),
         },
@@ -102,13 +117,7 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
                 "output_transform": "$lambda output: [item['pred'] for item in output]",
             }
         ],
-        about={
-            "name": "Lung nodule classifier",
-            "task": "Classification of lung patches of 50 mm: no nodule, benign-like, malignant-like by a known rule",
-            "description": "A demonstration network for explanations. Its classes follow a published rule on computed "
-            "nodules, not pathology.",
-            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
-        },
+        about=about,
         output={
             "type": "probabilities",
             "format": "classes",
@@ -119,8 +128,8 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
             "is_patch_data": False,
             "channel_def": {str(i): name for i, name in enumerate(CLASSES)},
         },
-        layers=["evidence"],
-        card=_CARD.format(**metrics),
+        layers=layers,
+        card=card,
         metrics=metrics,
     )
 

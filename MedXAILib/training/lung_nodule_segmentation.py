@@ -70,10 +70,30 @@ def real(network: nn.Module, scan: Backgrounds) -> dict[str, float]:
 
 def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
     """Write the bundle."""
+    about = {
+        "name": "Lung nodule segmentation",
+        "task": "Segmentation of lung nodules of 7 to 24 mm in chest CT",
+        "description": "A demonstration network for explanations, trained on computed nodules.",
+        "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+    }
+    definition = {"_target_": "monai.networks.nets.UNet", **_UNET}
+    write_segmentation(folder, network, definition, about, ["model.1.submodule.2"], _CARD.format(**metrics), metrics)
+
+
+def write_segmentation(
+    folder: Path,
+    network: nn.Module,
+    definition: dict[str, Any],
+    about: dict[str, str],
+    layers: list[str],
+    card: str,
+    metrics: dict[str, float],
+) -> None:
+    """Write the bundle of a network that marks nodules in windows of a scan (see `write_bundle`)."""
     write_bundle(
         folder,
         network,
-        definition={"_target_": "monai.networks.nets.UNet", **_UNET},
+        definition=definition,
         inferer={
             "_target_": "SlidingWindowInferer",
             "roi_size": [SIZE] * 3,
@@ -95,12 +115,7 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
             {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "nodule"},
         ],
         handlers=[],
-        about={
-            "name": "Lung nodule segmentation",
-            "task": "Segmentation of lung nodules of 7 to 24 mm in chest CT",
-            "description": "A demonstration network for explanations, trained on computed nodules.",
-            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
-        },
+        about=about,
         output={
             "type": "image",
             "format": "segmentation",
@@ -111,8 +126,8 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
             "is_patch_data": True,
             "channel_def": {str(i): name for i, name in enumerate(_CLASSES)},
         },
-        layers=["model.1.submodule.2"],
-        card=_CARD.format(**metrics),
+        layers=layers,
+        card=card,
         metrics=metrics,
     )
 
