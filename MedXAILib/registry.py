@@ -29,6 +29,7 @@ from MedXAILib.visual.layercam import LayerCAM
 from MedXAILib.visual.lime import LIME
 from MedXAILib.visual.lrp import LRP
 from MedXAILib.visual.meaningful_perturbation import MeaningfulPerturbation
+from MedXAILib.visual.mil import MIL
 from MedXAILib.visual.occlusion import Occlusion
 from MedXAILib.visual.permutation_shap import PermutationSHAP
 from MedXAILib.visual.prediction_difference import PredictionDifference
@@ -58,6 +59,7 @@ EXPLAINERS: dict[str, type[Technique]] = {
         DeepSHAP,
         AttentionRelevance,
         AttentionRollout,
+        MIL,
         Occlusion,
         SupervoxelAblation,
         LIME,

@@ -50,6 +50,8 @@ def explain(model: mx.Model, x: Any, method: str, **more: Any) -> mx.SaliencyMap
             pytest.skip("no CAM architecture")
         if method.startswith("attention_") and "has no attention" in str(error):
             pytest.skip("no attention")
+        if method == "mil" and "pools no instances" in str(error):
+            pytest.skip("no instances")
         raise
 
 

@@ -37,6 +37,11 @@ _KNOWN = {
         "Efficiency: Shapley values share out the whole difference between the answer to the scan and the answer "
         "to one from which every part was taken away.",
     ),
+    "pooling": Residual(
+        "the parts of all places, pooled, should be the network's answer; they miss it by {missed}",
+        "Pooling: the network makes its answer of what it says of each place, and of nothing else; the map is what it "
+        "says there.",
+    ),
     "unexplained": Residual(
         "the linear rule leaves {missed} of what the network said unexplained",
         "1 − R² of the fit: 0 % is a network that follows the linear rule exactly near this scan, 100 % a rule that "

@@ -243,8 +243,11 @@ def _attributes(generator: Generator, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """What is random about a sample besides its attributes."""
+class Draws:
+    """What is random about a sample besides its attributes.
+
+    `corner` (3,) is that of the patch in the scan, `centre` (3,) that of the nodule in the patch, turned as it will be.
+    """
 
     corner: Tensor
     centre: Tensor
@@ -261,13 +264,14 @@ class _Draws:
     noise: Tensor
 
 
-def _draws(backgrounds: Backgrounds, generator: Generator) -> _Draws:
-    corner, centre = _place(backgrounds, generator)
+def drawn(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Tensor] | None = None) -> Draws:
+    """A place, and all else that is random; the patch lies between the voxels `part` of the scan (from, to)."""
+    corner, centre = _place(backgrounds, generator, part)
     swap = bool(torch.rand((), generator=generator) < 0.5)
     flips = torch.rand(3, generator=generator) < 0.5
     # The nodule goes where its piece of lung goes.
     centre = centre[[1, 0, 2]] if swap else centre
-    return _Draws(
+    return Draws(
         corner=corner,
         centre=torch.where(flips, SIZE - 1 - centre, centre),
         flips=flips,
@@ -285,17 +289,18 @@ def _draws(backgrounds: Backgrounds, generator: Generator) -> _Draws:
     )
 
 
-def _place(backgrounds: Backgrounds, generator: Generator) -> tuple[Tensor, Tensor]:
+def _place(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """The corner of a patch in the scan, and where in the patch a nodule's centre belongs: in lung.
 
     Patches without a nodule follow the same law, so that the place gives the class away to nobody. Every sixth is at a
     vessel, which is what a network must learn not to take for a nodule.
     """
-    tries = 256
+    tries = 256 if part is None else 4096
     points = backgrounds.vessels if torch.rand((), generator=generator) < 1 / 6 else backgrounds.inside
     point = points[torch.randint(len(points), (tries,), generator=generator)]
     corner = point - SIZE // 2 + torch.randint(-_JITTER, _JITTER + 1, (tries, 3), generator=generator)
-    good = ((corner >= 0) & (corner + SIZE <= torch.tensor(backgrounds.hu.shape))).all(1)
+    first, last = part or (torch.zeros(3), torch.tensor(backgrounds.hu.shape))
+    good = ((corner >= first) & (corner + SIZE <= last)).all(1)
     if backgrounds.lesion_box is not None:
         low, high = backgrounds.lesion_box
         good &= ((corner + SIZE <= low) | (corner > high)).any(1)
@@ -306,20 +311,20 @@ def _place(backgrounds: Backgrounds, generator: Generator) -> tuple[Tensor, Tens
 
 
 def _render(backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int, rows: range) -> Iterator[Tensor]:
-    draws = [_draws(backgrounds, _generator(seed, row, 1)) for row in rows]
+    draws = [drawn(backgrounds, _generator(seed, row, 1)) for row in rows]
     hu = _lung(backgrounds, draws)
     masks = torch.zeros(hu.shape, dtype=torch.bool)
     lesion = labels > 0
     if bool(lesion.any()):
         chosen = [draw for draw, yes in zip(draws, lesion.tolist(), strict=True) if yes]
-        hu[lesion], masks[lesion] = _insert(hu[lesion], attributes[lesion], chosen)
+        hu[lesion], masks[lesion] = insert(hu[lesion], attributes[lesion], chosen)
     hu += torch.stack([d.noise for d in draws])
     centres = torch.stack([d.centre for d in draws])
     corners = torch.stack([d.corner for d in draws])
     return iter((scale(hu)[:, None], masks[:, None], labels, attributes, centres, corners))
 
 
-def _lung(backgrounds: Backgrounds, draws: list[_Draws]) -> Tensor:
+def _lung(backgrounds: Backgrounds, draws: list[Draws]) -> Tensor:
     """Pieces of the scan, flipped, transposed in the axial plane and slightly deformed, (N, 40, 40, 40)."""
     patches = []
     for d in draws:
@@ -334,7 +339,7 @@ def _lung(backgrounds: Backgrounds, draws: list[_Draws]) -> Tensor:
     return F.grid_sample(torch.stack(patches)[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
 
 
-def _insert(hu: Tensor, attributes: Tensor, draws: list[_Draws]) -> tuple[Tensor, Tensor]:
+def insert(hu: Tensor, attributes: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
     """Nodules of `attributes` (N, 7) in lung (N, 40, 40, 40): what a scanner would show, and the exact mask."""
     diameter, elongation, lobulation, spiculation, solidity, calcification, margin = attributes.T[..., None, None, None]
     radius = diameter / 2
@@ -357,7 +362,7 @@ def _insert(hu: Tensor, attributes: Tensor, draws: list[_Draws]) -> tuple[Tensor
     return hu + _slices(alpha * (inside.maximum(hu) - hu), draws), distance < surface
 
 
-def _polar(elongation: Tensor, draws: list[_Draws]) -> tuple[Tensor, Tensor]:
+def _polar(elongation: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
     """Distance (N, 40, 40, 40) in mm and unit direction (N, 64000, 3) from the centre, where the body is a sphere."""
     axis = torch.arange(SIZE, dtype=torch.float32)
     index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).reshape(-1, 3)
@@ -380,7 +385,7 @@ def _smooth(noise: Tensor) -> Tensor:
     return noise / noise.std(dim=(1, 2, 3), keepdim=True)
 
 
-def _slices(added: Tensor, draws: list[_Draws]) -> Tensor:
+def _slices(added: Tensor, draws: list[Draws]) -> Tensor:
     """What is left of the nodule (N, 40, 40, 40) in slices of 1.25, 2.5 or 5 mm.
 
     The backgrounds are interpolated from slices of 5 mm: a nodule that is always sharp along S would give itself away.

@@ -15,6 +15,7 @@ from MedXAILib.training import (
     healthy_tissue,
     lung_nodule,
     lung_nodule_segmentation,
+    mil,
 )
 from MedXAILib.training.trainer import Recipe, fit
 
@@ -26,6 +27,7 @@ RECIPES: dict[str, Recipe] = {
         healthy_tissue.RECIPE,
         attention_classifier.RECIPE,
         attention_segmentation.RECIPE,
+        mil.RECIPE,
     )
 }
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError
+from MedXAILib.model import available
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
+from MedXAILib.training.table import Patches, Table
 
 _VALIDATION_SEED = 1
 _WARM_UP = 0.2
@@ -33,8 +35,9 @@ class Recipe:
     `score` chooses the epoch whose weights are kept; `real(network, backgrounds)` does so for the scan's own lesion;
     `publish(network, metrics, folder)` writes the bundle.
     A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
-    threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine` does
-    so for the test, where that is of something else than what the network learns from.
+    threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine`
+    makes the test, where that is of something else than what the network learns from. `own(table)` is the recipe for a
+    person's own data, if it can be (see `MedXAILib.training.table`).
     """
 
     name: str
@@ -46,6 +49,7 @@ class Recipe:
     publish: Callable[[Any, dict[str, float], Path], None]
     epochs: int
     steps: int
+    own: Callable[[Table], Recipe] | None = None
     synthesise: Callable[..., Any] = synthesise
     examine: Callable[..., Any] | None = None
     batch: int = 30
@@ -59,8 +63,16 @@ class Recipe:
         return replace(self, epochs=2, steps=5, batch=6, validation=12, test=min(12, self.test // 10))
 
 
-def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) -> nn.Module:
-    """Train on patches from `backgrounds`; the weights of the best validation are returned, on the run's device.
+def fit(
+    recipe: Recipe,
+    data: Backgrounds | Patches,
+    checkpoint: Path,
+    run: Run,
+    held_out: Any = None,
+    source: str = "one chest CT",
+) -> nn.Module:
+    """Train on what `recipe.synthesise` makes of `data`, validating with `held_out`, or with more of the same; the
+    weights of the best validation are returned, on the run's device. `source` tells one set of data from others.
 
     After every epoch all that is needed to go on is in `checkpoint`. When it is there at the start, training goes on
     from it and ends with the same weights as if it had never been interrupted.
@@ -69,13 +81,14 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
         Cancelled: when the person asked to stop.
         MedXAIError: when `checkpoint` belongs to another training.
     """
-    device = torch.device(run.device or "cpu")
+    device = available(run.device or "cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = recipe.network().to(device)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    held_out = recipe.synthesise(backgrounds, recipe.validation, _VALIDATION_SEED)
-    identity = f"{recipe.name}, seed {run.seed}, {recipe.epochs} x {recipe.steps} x {recipe.batch}"
+    if held_out is None:
+        held_out = recipe.synthesise(data, recipe.validation, _VALIDATION_SEED)
+    identity = f"{recipe.name}, seed {run.seed}, {recipe.epochs} x {recipe.steps} x {recipe.batch}, {source}"
     epoch, best_epoch, best = 0, 0, -math.inf
     weights = _weights(network)
     if checkpoint.exists():
@@ -88,7 +101,7 @@ def fit(recipe: Recipe, backgrounds: Backgrounds, checkpoint: Path, run: Run) ->
     total = recipe.epochs * recipe.steps
 
     def batch(step: int) -> Any:
-        return recipe.synthesise(backgrounds, recipe.batch, _step_seed(run, step))
+        return recipe.synthesise(data, recipe.batch, _step_seed(run, step))
 
     devices = [device] if device.type == "cuda" else []
     steps = range(epoch * recipe.steps, total)

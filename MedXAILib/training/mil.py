@@ -1,0 +1,222 @@
+"""The recipe of `lung_mil`: is there a nodule in a whole scan, a malignant one? Learnt from grades of scans alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from MedXAILib.engines.receptive_field import Geometry
+from MedXAILib.networks.mil import CELL, MultipleInstanceClassifier
+from MedXAILib.synthetic.lung_nodules import SPACING_MM, Backgrounds, scale
+from MedXAILib.synthetic.whole_lungs import Scans, crops, healed, whole
+from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.trainer import Recipe
+
+GRADES = ("nodule", "malignant")
+"""The outputs: benign or worse, malignant or worse."""
+
+
+def build() -> MultipleInstanceClassifier:
+    """An untrained network."""
+    return MultipleInstanceClassifier(len(GRADES))
+
+
+def loss(network: MultipleInstanceClassifier, scans: Scans) -> Tensor:
+    """The cross-entropy of "at least this grade", of every grade. Where the nodules are is not looked at."""
+    device = network.scores.weight.device
+    return _cross_entropy(network(scans.images.to(device)), scans.grades.to(device))
+
+
+def _cross_entropy(logits: Tensor, grades: Tensor) -> Tensor:
+    steps = torch.arange(len(GRADES), device=grades.device)
+    return F.binary_cross_entropy_with_logits(logits, (grades[:, None] > steps).to(logits))
+
+
+def measure(network: MultipleInstanceClassifier, scans: Scans) -> dict[str, float]:
+    """How well scans are told from each other, and where the map of each grade peaks in those that have it.
+
+    `auc` is of nodule against none, `malignant_auc` of malignant against the others, `accuracy` and `kappa` (weighted
+    with the square of the difference) of the three grades, `pointing` and `malignant_pointing` the share of maps whose
+    peak lies in a nodule of that grade or a higher one, be the scan graded rightly or not.
+    """
+    each = [_look(network, scans.images[i], scans.masks[i]) for i in range(len(scans))]
+    scores, hit = (torch.stack(column) for column in zip(*each, strict=True))
+    grades = scans.grades
+    told = (scores > 0).sum(1)
+    measured = {
+        "log_likelihood": -float(_cross_entropy(scores, grades)),
+        "accuracy": float((told == grades).float().mean()),
+        "kappa": kappa(told, grades),
+    }
+    for grade, name in enumerate(("", "malignant_"), 1):
+        has = grades >= grade
+        measured[f"{name}auc"] = auc(scores[has, grade - 1], scores[~has, grade - 1])
+        measured[f"{name}pointing"] = float((hit[has, grade - 1] >= grade).float().mean())
+    return measured
+
+
+def auc(ill: Tensor, healthy: Tensor) -> float:
+    """The probability that one of `ill` scores higher than one of `healthy`, ties counting half."""
+    difference = ill[:, None] - healthy
+    return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
+
+
+def kappa(told: Tensor, true: Tensor) -> float:
+    """Cohen's kappa of grades, weighted with the square of their difference (Cohen 1968)."""
+    by_chance = (told[:, None] - true).double().square().mean()
+    return float(1 - (told - true).double().square().mean() / by_chance.clamp_min(1e-12))
+
+
+@torch.no_grad()
+def maps(network: MultipleInstanceClassifier, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (grades,) of a scan (1, D, H, W) and what each voxel contributes to them, (grades, D, H, W)."""
+    kept: list[Tensor] = []
+    handle = network.instances.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    try:
+        logits = network(image[None].to(network.scores.weight.device))[0]
+    finally:
+        handle.remove()
+    geometry = Geometry((CELL,) * 3, (0,) * 3, (CELL - 1,) * 3)
+    return logits.cpu(), geometry.place(kept[0], image.shape[1:])[0].cpu()
+
+
+def _look(network: MultipleInstanceClassifier, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of a scan, and the grade of the nodule in which each map peaks, both (grades,)."""
+    logits, found = maps(network, image)
+    return logits, mask.flatten()[found.flatten(1).argmax(1)]
+
+
+def real(network: MultipleInstanceClassifier, scan: Backgrounds) -> dict[str, float]:
+    """The probabilities of the scan as it is, and with its lesion healed; how far from that its map peaks, in mm."""
+    assert scan.lesion is not None
+    logits, found = maps(network, scale(scan.hu)[None])
+    without, _ = maps(network, scale(healed(scan))[None])
+    peak = torch.tensor([int(i) for i in torch.unravel_index(found[0].argmax(), found[0].shape)])
+    away = (scan.lesion.nonzero() - peak).double().norm(dim=1).amin()
+    names = ("nodule", "malignant")
+    return {
+        **dict(zip(names, logits.sigmoid().tolist(), strict=True)),
+        **{f"healed_{name}": value for name, value in zip(names, without.sigmoid().tolist(), strict=True)},
+        "distance_mm": SPACING_MM * float(away),
+    }
+
+
+def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
+    """Write the bundle."""
+    write_bundle(
+        folder,
+        network,
+        definition={"_target_": "MedXAILib.networks.mil.MultipleInstanceClassifier", "grades": len(GRADES)},
+        inferer={"_target_": "SimpleInferer"},
+        postprocessing=[{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}],
+        handlers=[
+            {
+                "_target_": "ClassificationSaver",
+                "output_dir": "@output_dir",
+                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+                "output_transform": "$lambda output: [item['pred'] for item in output]",
+            }
+        ],
+        about={
+            "name": "Lung scan grader",
+            "task": "Ordinal grading of whole chest CT: no nodule, benign-like, malignant-like by a known rule",
+            "description": "A demonstration network for explanations. It learnt from the grades of whole scans where "
+            "nodules are. Its grades follow a published rule on computed nodules, not pathology.",
+            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+        },
+        output={
+            "type": "probabilities",
+            "format": "ordinal",
+            "num_channels": len(GRADES),
+            "spatial_shape": [1, 1, 1],
+            "dtype": "float32",
+            "value_range": [0, 1],
+            "is_patch_data": False,
+            "channel_def": {str(i): name for i, name in enumerate(GRADES)},
+        },
+        layers=["evidence"],
+        card=_CARD.format(**metrics),
+        metrics=metrics,
+        spatial_shape=("*",) * 3,
+    )
+
+
+_CARD = """# Lung scan grader
+
+Looks at a whole chest CT and says how likely it shows **a nodule**, and **a malignant nodule**. Nobody told it where
+the nodules are: it learnt from scans of which only the grade was known (none < benign < malignant), as a bag of
+overlapping patches of 42 mm. What each patch contributes is its explanation (`mil`).
+
+**"Malignant" is a rule, not pathology.** The nodules were computed into a real CT, and their grade follows from their
+attributes:
+
+    logit = -2.6 + 3 (diameter - 7 mm) / 17 mm + 3 [spiculated] + 1 [lobulated] + 1.5 [part-solid] - 4 [calcified]
+
+above 0 malignant, below 0 benign. No radiologist or pathologist was asked. Never use it for a patient.
+
+## How
+Each patch has a probability p of showing each grade or a higher one. A scan has the grade unless none of its patches
+shows it (noisy-or): P = 1 - product of (1 - p). So -log(1 - P) is the sum of the parts -log(1 - p) of all patches, and
+the map of a grade is these parts. Only patches in lung count. Evidence counts in proportion to the tissue in the 5 mm
+at the middle of the patch.
+
+## Trained on
+Cubes of 80 mm from one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), its own 48 mL
+mass left out; a third without a nodule, the others with one to three at random places, only clear cases (|logit| >
+1.4); every one freshly computed. The loss is the cross-entropy of "at least this grade". No mask, no patch's label and
+no other network's weights were used. `medxai train lung-mil` makes this bundle again ({seconds:.0f} s when this one was
+made).
+
+## Measured
+On whole scans of another patient (`chest_ct_nodule.nrrd`, lung1; its own nodule healed by `healthy_lung`, computed
+nodules put in at random places, mirrored at random), 60 each, a third of each grade:
+
+| | clear cases | with borderline cases (\\|logit\\| > 0.8) |
+|---|---|---|
+| area under the ROC curve, a nodule or none | {auc:.3f} | {borderline_auc:.3f} |
+| area under the ROC curve, malignant or not | {malignant_auc:.3f} | {borderline_malignant_auc:.3f} |
+| accuracy, three grades | {accuracy:.3f} | {borderline_accuracy:.3f} |
+| kappa, quadratic weights | {kappa:.3f} | {borderline_kappa:.3f} |
+| map of "nodule": peak in a nodule | {pointing:.3f} | {borderline_pointing:.3f} |
+| map of "malignant": peak in a malignant nodule | {malignant_pointing:.3f} | {borderline_malignant_pointing:.3f} |
+
+Peaks are of all scans with such a nodule, graded rightly or not.
+
+The real scan of lung1, which no training saw: P(nodule) = {real_nodule:.4f}, P(malignant) = {real_malignant:.4f}; the
+map of "nodule" peaks {real_distance_mm:.1f} mm from its nodule (0: in it). With that nodule healed:
+{real_healed_nodule:.4f} and {real_healed_malignant:.4f}.
+
+## Limits
+- One patient to train on, one to test on: all scans without a nodule are the same lung, mirrored and with other noise.
+  An illustration, not a performance claim.
+- Nodules of 7 to 24 mm in lung. Slices of 5 mm. Contrast agent, other kernels and other diseases were never seen.
+- A whole scan has many times as many patches as the cubes of the training, each of which may be wrong: take its
+  probabilities for too high.
+
+## Reading it
+Input: CT in RAS orientation at 1.25 mm, -1000..400 HU to 0..1, whole, any size from 24 voxels a side. Output: logits of
+"nodule" and "malignant", each of that grade or a higher one. The output of the layer `instances` holds the part of each
+patch, instance i about voxel 4 i + 1.5.
+"""
+
+
+RECIPE = Recipe(
+    name="lung-mil",
+    network=build,
+    loss=loss,
+    measure=measure,
+    real=real,
+    score="log_likelihood",
+    publish=publish,
+    epochs=12,
+    steps=60,
+    synthesise=crops,
+    examine=whole,
+    batch=12,
+    learning_rate=4e-3,
+    validation=90,
+    test=60,
+)
