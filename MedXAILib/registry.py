@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Technique
+from MedXAILib.visual.attention import Attention
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
 from MedXAILib.visual.cam import CAM
@@ -57,6 +58,7 @@ EXPLAINERS: dict[str, type[Technique]] = {
         LRP,
         DeepLIFT,
         DeepSHAP,
+        Attention,
         AttentionRelevance,
         AttentionRollout,
         MIL,

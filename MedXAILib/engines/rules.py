@@ -165,13 +165,16 @@ class Call:
         swapped = replaced((self.args, self.kwargs), lambda t: t if trace(t) is None else next(left))
         return self.func(*swapped[0], **swapped[1])
 
+    @property
+    def gate(self) -> Tensor | None:
+        """The factor that is a gate, of a product of something with one; else None."""
+        gates = [factor for factor in self.given if (known := trace(factor)) and known.gate]
+        return gates[0] if len(gates) == 1 < len(self.given) else None
+
     def gated(self) -> Any:
         """What a product of something with a gate gives, all of it going back to what is let through; else None."""
-        a, b = self.given
-        of_a, of_b = (bool(known and known.gate) for known in (trace(a), trace(b)))
-        if of_a == of_b:
-            return None
-        return self.on(a.detach(), b) if of_a else self.on(a, b.detach())
+        gate = self.gate
+        return None if gate is None else self.on(*(t.detach() if t is gate else t for t in self.given))
 
     def weighted(self) -> Tensor:
         """What a weighted operator gives, with its own gradient."""

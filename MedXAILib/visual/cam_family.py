@@ -13,6 +13,8 @@ from MedXAILib.engines.capture import Captured, averages_out, capture, suggest_l
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question
 
+Fuse = Literal["mean", "max", "product"]
+
 
 class LayerMap(Explainer):
     """A map made at one or several layers and brought to where their units look in the scan."""
@@ -23,7 +25,7 @@ class LayerMap(Explainer):
     layers: tuple[str, ...] = Field(
         (), description="layers to read, by their names in the network; the last with a spatial layout when left out"
     )
-    fuse: Literal["mean", "max", "product"] = Field(
+    fuse: Fuse = Field(
         "mean", description="how the maps of several layers, each scaled to a largest value of 1, become one"
     )
     positive: bool = Field(True, description="keep only what speaks for the target (ReLU)")
@@ -39,7 +41,7 @@ class LayerMap(Explainer):
 
     def attribute(self, question: Question) -> list[Attribution]:
         layers = self.layers or (suggest_layer(question),)
-        return [Attribution(self._fused(maps)) for maps in self.maps(question, layers)]
+        return [Attribution(fused(maps, self.fuse)) for maps in self.maps(question, layers)]
 
     @abstractmethod
     def maps(self, question: Question, layers: tuple[str, ...]) -> list[list[Tensor]]:
@@ -48,16 +50,6 @@ class LayerMap(Explainer):
     def placed(self, captured: Captured, layer_map: Tensor) -> Tensor:
         """A layer's map (N, 1, *grid) on the input grid."""
         return captured.place(layer_map.relu() if self.positive else layer_map)
-
-    def _fused(self, maps: list[Tensor]) -> Tensor:
-        if len(maps) == 1:
-            return maps[0]
-        scaled = torch.stack(
-            [m / m.abs().flatten(1).amax(1).clamp_min(1e-12).reshape(-1, *[1] * (m.ndim - 1)) for m in maps]
-        )
-        if self.fuse == "product":
-            return scaled.prod(0)
-        return scaled.amax(0) if self.fuse == "max" else scaled.mean(0)
 
 
 class GradientCAM(LayerMap):
@@ -88,6 +80,18 @@ class GradientCAM(LayerMap):
                 "this map is rounding noise: use hirescam, or another layer."
             )
         return self.placed(captured, self.weighted(activations, gradient))
+
+
+def fused(maps: list[Tensor], how: Fuse) -> Tensor:
+    """Several maps (N, 1, *spatial), each scaled to a largest value of 1, as one; a single one is left as it is."""
+    if len(maps) == 1:
+        return maps[0]
+    scaled = torch.stack(
+        [m / m.abs().flatten(1).amax(1).clamp_min(1e-12).reshape(-1, *[1] * (m.ndim - 1)) for m in maps]
+    )
+    if how == "product":
+        return scaled.prod(0)
+    return scaled.amax(0) if how == "max" else scaled.mean(0)
 
 
 def spatial(name: str, captured: Captured) -> Tensor:
