@@ -217,7 +217,7 @@ class Model:
     def ready(self, device: str | torch.device | None = None) -> Iterator[torch.device]:
         """The network in evaluation mode, parameters frozen, on `device`; all as it was before afterwards."""
         home = self.device
-        there = _available(device) if device is not None else home
+        there = available(device) if device is not None else home
         training = {module: module.training for module in self.network.modules()}
         learning = {parameter: parameter.requires_grad for parameter in self.network.parameters()}
         try:
@@ -345,7 +345,12 @@ class Model:
         return output.softmax(1)
 
 
-def _available(device: str | torch.device) -> torch.device:
+def available(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        MedXAIError: when this machine has none.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -68,6 +68,11 @@ class AttributeHead(nn.Linear):
         self.register_buffer("offset", torch.zeros(attributes))
         self.register_buffer("scale", torch.ones(attributes))
 
+    def reset_parameters(self) -> None:
+        # PyTorch warns of a layer without outputs, which is what a network without attributes has.
+        if self.out_features:
+            super().reset_parameters()
+
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features) * self.scale + self.offset
 

@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
-from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, SIZE, Backgrounds, Nodules, draw
+from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules, draw
 from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.own_bundle import told_of
+from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
 
 _ATTRIBUTE_WEIGHT = 1.0
 
 
-def build() -> LungNoduleClassifier:
-    """An untrained network whose attribute head knows the units it answers in."""
-    network = LungNoduleClassifier(len(CLASSES), len(ATTRIBUTES))
-    attributes, labels = draw(600, seed=0)
-    network.attribute_head.offset.copy_(attributes[labels > 0].mean(0))
-    network.attribute_head.scale.copy_(attributes[labels > 0].std(0))
+def build(classes: int = len(CLASSES), known: Tensor | None = None) -> LungNoduleClassifier:
+    """An untrained network whose attribute head knows the units it answers in: those of the attributes `known` (M, K),
+    NaN where unknown, or of computed nodules."""
+    if known is None:
+        attributes, labels = draw(600, seed=0)
+        known = attributes[labels > 0]
+    network = LungNoduleClassifier(classes, known.shape[1])
+    typical, count = known.nanmean(0), (~known.isnan()).sum(0)
+    spread = ((known - typical).square().nansum(0) / (count - 1).clamp_min(1)).sqrt()
+    network.attribute_head.offset.copy_(typical)
+    network.attribute_head.scale.copy_(torch.where(spread > 0, spread, 1))
     return network
 
 
-def loss(network: LungNoduleClassifier, patches: Nodules) -> Tensor:
-    """Cross-entropy of the class plus the squared error of the attributes, in their own spread, of the lesions."""
+def own(table: Table) -> Recipe:
+    """The same for the classes and attributes of a person's own table."""
+    table.require("label")
+    return replace(
+        RECIPE,
+        network=partial(build, len(table.classes), table.known()),
+        measure=partial(measure_own, table),
+        publish=partial(publish_own, table),
+        synthesise=augmented,
+    )
+
+
+def loss(network: LungNoduleClassifier, patches: Nodules | Patches) -> Tensor:
+    """Cross-entropy of the class plus the squared error of the attributes that are known, in their own spread."""
     device = network.class_head.weight.device
     features = network.features(patches.images.to(device))
-    lesion = patches.labels > 0
-    wrong = network.attribute_head(features)[lesion] - patches.attributes[lesion].to(device)
-    error = (wrong / network.attribute_head.scale).square().mean()
+    true = patches.attributes.to(device)
+    known = ~true.isnan()
+    wrong = (network.attribute_head(features) - true) / network.attribute_head.scale
+    # Chosen before it is squared, or the gradient of what is unknown would be NaN.
+    error = wrong[known].square().sum() / known.sum().clamp_min(1)
     return F.cross_entropy(network.class_head(features), patches.labels.to(device)) + _ATTRIBUTE_WEIGHT * error
 
 
-def measure(network: LungNoduleClassifier, patches: Nodules, layer: str = "evidence") -> dict[str, float]:
-    """Accuracy, mean log-likelihood, and where HiResCAM at `layer` puts the class of the lesions it got right.
+def measure(network: LungNoduleClassifier, patches: Nodules | Patches, layer: str = "evidence") -> dict[str, float]:
+    """Accuracy, mean log-likelihood, and, if there are masks, where HiResCAM at `layer` puts the class of the lesions
+    it got right.
 
     `pointing` is the share whose peak lies in the mask, `mass` the mean share of the positive relevance in the mask.
     """
     logits, relevance = zip(*(hirescam(network, part, layer) for part in patches.images.split(50)), strict=True)
     scores, maps = torch.cat(logits), torch.cat(relevance)
     right = scores.argmax(1) == patches.labels
-    lesion = right & (patches.labels > 0)
-    positive, mask = maps[lesion].clamp_min(0).flatten(1), patches.masks[lesion].flatten(1)
-    return {
-        "accuracy": float(right.float().mean()),
-        "log_likelihood": -float(F.cross_entropy(scores, patches.labels)),
+    found = {"accuracy": float(right.float().mean()), "log_likelihood": -float(F.cross_entropy(scores, patches.labels))}
+    if patches.masks is None:
+        return found
+    masks = patches.masks.flatten(1)
+    lesion = right & masks.any(1)
+    positive, mask = maps[lesion].clamp_min(0).flatten(1), masks[lesion]
+    return found | {
         "pointing": float(mask.gather(1, positive.argmax(1, keepdim=True)).float().mean()),
         "mass": float(((positive * mask).sum(1) / positive.sum(1).clamp_min(1e-12)).mean()),
     }
 
 
+@torch.no_grad()
+def measure_own(table: Table, network: LungNoduleClassifier, patches: Patches) -> dict[str, float]:
+    """What `measure` does, and the recall of each class and the error of each attribute, by name."""
+    device = network.class_head.weight.device
+    features = torch.cat([network.features(part.to(device)) for part in patches.images.split(50)])
+    guessed, told = network.class_head(features).argmax(1), network.attribute_head(features)
+    return measure(network, patches) | table.by_name(guessed.cpu(), told.cpu(), patches)
+
+
 def hirescam(network: LungNoduleClassifier, images: Tensor, layer: str = "evidence") -> tuple[Tensor, Tensor]:
-    """Class logits (N, 3) and the predicted class's HiResCAM at `layer` on the patch (N, 1, 40, 40, 40), on the CPU.
+    """Class logits (N, K) and the predicted class's HiResCAM at `layer` on the patch (N, 1, D, H, W), on the CPU.
 
     Draelos and Carin 2021, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional networks.
     """
@@ -69,7 +106,7 @@ def hirescam(network: LungNoduleClassifier, images: Tensor, layer: str = "eviden
         handle.remove()
     relevance = (gradient * kept[0]).sum(1, keepdim=True).detach()
     # Without aligned corners unit i lands on voxel 4 i + 1.5, the middle of what it looks at.
-    return logits.detach().cpu(), F.interpolate(relevance, size=(SIZE,) * 3, mode="trilinear").cpu()
+    return logits.detach().cpu(), F.interpolate(relevance, size=images.shape[2:], mode="trilinear").cpu()
 
 
 @torch.no_grad()
@@ -94,8 +131,30 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
     write_classifier(folder, network, about, ["evidence"], _CARD.format(**metrics), metrics)
 
 
+def publish_own(table: Table, network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
+    """Write the bundle of a network that learnt from `table`."""
+    told = told_of(table, "lung-nodule", folder.name, metrics)
+    write_classifier(
+        folder,
+        network,
+        layers=["evidence"],
+        metrics=metrics,
+        classes=table.classes,
+        attributes=table.attributes,
+        **told,
+    )
+
+
 def write_classifier(
-    folder: Path, network: nn.Module, about: dict[str, str], layers: list[str], card: str, metrics: dict[str, float]
+    folder: Path,
+    network: nn.Module,
+    about: dict[str, str],
+    layers: list[str],
+    card: str,
+    metrics: dict[str, float],
+    classes: Sequence[str] = CLASSES,
+    attributes: Sequence[str] = ATTRIBUTES,
+    **other: Any,
 ) -> None:
     """Write the bundle of a network that is made and asked as `LungNoduleClassifier` is (see `write_bundle`)."""
     kind = type(network)
@@ -104,8 +163,8 @@ def write_classifier(
         network,
         definition={
             "_target_": f"{kind.__module__}.{kind.__name__}",
-            "classes": len(CLASSES),
-            "attributes": len(ATTRIBUTES),
+            "classes": len(classes),
+            "attributes": len(attributes),
         },
         inferer={"_target_": "SimpleInferer"},
         postprocessing=[{"_target_": "Activationsd", "keys": "pred", "softmax": True}],
@@ -121,16 +180,17 @@ def write_classifier(
         output={
             "type": "probabilities",
             "format": "classes",
-            "num_channels": len(CLASSES),
+            "num_channels": len(classes),
             "spatial_shape": [1, 1, 1],
             "dtype": "float32",
             "value_range": [0, 1],
             "is_patch_data": False,
-            "channel_def": {str(i): name for i, name in enumerate(CLASSES)},
+            "channel_def": {str(i): name for i, name in enumerate(classes)},
         },
         layers=layers,
         card=card,
         metrics=metrics,
+        **other,
     )
 
 
@@ -188,6 +248,7 @@ RECIPE = Recipe(
     real=real,
     score="log_likelihood",
     publish=publish,
+    own=own,
     epochs=24,
     steps=75,
     learning_rate=4e-3,
