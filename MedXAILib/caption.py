@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Explanation, ImageFormat
+from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of
 from MedXAILib.volume import Volume
 
 Point = tuple[float, float, float]
@@ -57,6 +57,11 @@ class Caption(Explanation):
             )
         for word in self.words:
             _check(word, self.text, len(self.maps))
+
+    def seen(self) -> list[SaliencyMap]:
+        """Its maps, each of the words that share it."""
+        shared = [" ".join(word.text for word in self.words if word.map == i) for i in range(len(self.maps))]
+        return [map_of(self, values, self.affine, of) for values, of in zip(self.maps, shared, strict=True)]
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
         files = [f"map-{i}.{image_format}" for i in range(len(self.maps))]

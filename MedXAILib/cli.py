@@ -25,11 +25,14 @@ from MedXAILib import __version__
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
 
 if TYPE_CHECKING:
+    from MedXAILib.concept_scores import ConceptScores
+    from MedXAILib.explanation import Explanation, SaliencyMap
     from MedXAILib.model import Model, Prediction
     from MedXAILib.report.page import Shown
     from MedXAILib.run import Progress as Step
     from MedXAILib.run import Run
     from MedXAILib.trust.card import TrustCard
+    from MedXAILib.volume import Volume
 
 # The library speaks of Python arguments; here they are options.
 _OPTIONS = {
@@ -281,15 +284,17 @@ def explain(
     where = None if region is None else _numbers(region)
     given = dict(map(_pair, settings or ()))
     with _live(device=device, seed=seed, memory_budget=None if memory is None else _bytes(memory)) as run:
-        from MedXAILib.explanation import written_whole
+        from MedXAILib.explanation import SaliencyMap, written_whole
+        from MedXAILib.registry import EXPLAINERS
         from MedXAILib.report.case import show, write
         from MedXAILib.report.localisation import centre
-        from MedXAILib.request import explain as ask
-        from MedXAILib.trust.card import estimate, trust_card
-        from MedXAILib.trust.judged import Judged
+        from MedXAILib.report.told import write_told
+        from MedXAILib.request import tell
         from MedXAILib.volume import load_volume
 
         parameters = _parameters(method, given)
+        if check and EXPLAINERS[method].kind != "SaliencyMap":
+            raise MedXAIError(f"Only maps can be checked: ask {method} without --check.")
         run.step(0, 1, "Reading the network and the scan")
         network = _load(model, trust)
         scan = load_volume(volume[0] if len(volume) == 1 else volume)
@@ -300,17 +305,19 @@ def explain(
         with written_whole(out) as folder:
             run.step(0, 1, "Asking the network")
             prediction = network.predict(scan, where)
-            explanation = ask(network, scan, method, _target(network, target, versus), where, run, **parameters)
-            card = None
-            if check:
-                planned = estimate(explanation)
-                message = f"Checking the map by {len(planned.checks)} tests: about {_duration(planned.seconds)}"
-                typer.echo(message, err=True)
-                card = trust_card(Judged(explanation, network, scan, mask, replace(run)))
-            run.step(0, 1, "Writing")
-            shown = show(scan, explanation, prediction, mask, card)
-            write(folder, shown, prediction, image_format=format.value)
-    _report(shown, prediction, out)
+            found = tell(network, scan, method, _target(network, target, versus), where, run, **parameters)
+            if not isinstance(found, SaliencyMap):
+                run.step(0, 1, "Writing")
+                write_told(folder, scan, found, prediction, format.value)
+            else:
+                card = _card(found, network, scan, mask, run) if check else None
+                run.step(0, 1, "Writing")
+                shown = show(scan, found, prediction, mask, card)
+                write(folder, shown, prediction, image_format=format.value)
+    if isinstance(found, SaliencyMap):
+        _report(shown, prediction, out)
+    else:
+        _tell(found, out)
 
 
 @app.command()
@@ -339,17 +346,16 @@ def evaluate(
 ) -> None:
     """Compare methods over many scans: are they right, robust, and worth it? Goes on where it was interrupted."""
     with _live(device=device, seed=seed) as run:
-        from MedXAILib.registry import EXPLAINERS
+        from MedXAILib.registry import methods
         from MedXAILib.trust.evaluation import evaluate as compare
         from MedXAILib.trust.evaluation import read_cases
 
         wanted = None if checks is None else [check.strip() for check in checks.split(",")]
-        rows = compare(
-            _load(model, trust), read_cases(cases), {name: {} for name in method or EXPLAINERS}, out, run, wanted
-        )
+        compared: dict[str, dict[str, Any]] = {name: {} for name in method or methods("SaliencyMap")}
+        rows = compare(_load(model, trust), read_cases(cases), compared, out, run, wanted)
     console = Console(highlight=False)
     console.print(_compared(rows))
-    console.print(f"Every number, with its 95 % confidence interval: [bold]{_shown(str(out / 'table.csv'))}[/]")
+    console.print(f"Look at [bold]{_shown(str(out / 'index.html'))}[/]; every number is in table.csv beside it.")
 
 
 @app.command()
@@ -445,6 +451,56 @@ def _target(model: Model, name: str | None, versus: str | None) -> Any:
     return which if versus is None else ClassTarget(which, versus=meant(versus))
 
 
+def _card(found: SaliencyMap, network: Model, scan: Volume, mask: Volume | None, run: Run) -> TrustCard:
+    from MedXAILib.trust.card import estimate, trust_card
+    from MedXAILib.trust.judged import Judged
+
+    planned = estimate(found)
+    message = f"Checking the map by {len(planned.checks)} tests: about {_duration(planned.seconds)}"
+    typer.echo(message, err=True)
+    return trust_card(Judged(found, network, scan, mask, replace(run)))
+
+
+def _tell(found: Explanation, out: Path) -> None:
+    """What was found in words, by concepts or by cases."""
+    from MedXAILib.caption import Caption
+    from MedXAILib.concept_scores import ConceptScores
+
+    console, made = Console(highlight=False), found.provenance
+    if isinstance(found, Caption):
+        console.print(f"[bold]{_shown(found.text)}[/]")
+    if isinstance(found, ConceptScores):
+        console.print(_shown(found.text))
+        console.print(_concepts(found))
+    for name, missed in found.residual.items():
+        console.print(f"{name.capitalize()}: missed by {missed:.2%}.")
+    for note in made.notes:
+        console.print(f"Note: {_shown(note)}")
+    _wrote(found, out)
+
+
+def _concepts(found: ConceptScores) -> Table:
+    names = list(dict.fromkeys(name for concept in found.concepts for name in concept.numbers))
+    table = Table("concept", "layer", "in this scan", _shown(found.scored), *map(_shown, names), box=box.SIMPLE)
+    for concept in found.concepts:
+        value = "" if concept.value is None else f"{concept.value:.3g} {concept.unit}"
+        interval = "" if concept.interval is None else f" ± {concept.interval:.2f}"
+        score = concept.refused if concept.score is None else f"{concept.score:+.2f}{interval}"
+        numbers = (f"{concept.numbers[name]:.3g}" if name in concept.numbers else "" for name in names)
+        table.add_row(*map(_shown, (concept.name, concept.layer, value, score)), *numbers)
+    return table
+
+
+def _wrote(explanation: Explanation, out: Path) -> None:
+    console, made = Console(highlight=False), explanation.provenance
+    console.print(
+        f"{made.seconds:.1f} s, {made.forwards} forward(s), {made.backwards} backward(s), "
+        f"{made.peak_memory / 1e6:.0f} MB more memory."
+    )
+    console.print(f"Written to [bold]{_shown(str(out))}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    console.print("For research only, not for diagnosis.", style="dim")
+
+
 def _report(shown: Shown, prediction: Prediction, out: Path) -> None:
     from MedXAILib.report.localisation import peak
     from MedXAILib.report.methods import title
@@ -462,12 +518,7 @@ def _report(shown: Shown, prediction: Prediction, out: Path) -> None:
         console.print(f"Note: {_shown(note)}")
     if shown.card is not None:
         console.print(_checked(shown.card))
-    console.print(
-        f"{made.seconds:.1f} s, {made.forwards} forward(s), {made.backwards} backward(s), "
-        f"{made.peak_memory / 1e6:.0f} MB more memory."
-    )
-    console.print(f"Written to [bold]{_shown(str(out))}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
-    console.print("For research only, not for diagnosis.", style="dim")
+    _wrote(explanation, out)
 
 
 def _compared(rows: Sequence[dict[str, Any]]) -> Table:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Explanation, ImageFormat
+from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of
 from MedXAILib.volume import Volume
 
 
@@ -67,6 +67,11 @@ class ConceptScores(Explanation):
             raise MedXAIError(f"{count} concepts have {count} x {count} cosines, not {self.alike.shape}.")
         for concept in self.concepts:
             _check(concept, len(self.maps))
+
+    def seen(self) -> list[SaliencyMap]:
+        """Its maps, each of one concept."""
+        of = {concept.map: concept.name for concept in self.concepts}
+        return [map_of(self, values, self.affine, of.get(i, "")) for i, values in enumerate(self.maps)]
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
         files = [f"map-{i}.{image_format}" for i in range(len(self.maps))]

@@ -142,6 +142,12 @@ class SaliencyMap(Explanation):
         )
 
 
+def map_of(explanation: Explanation, values: Tensor, affine: np.ndarray, of: str) -> SaliencyMap:
+    """One of the maps (D, H, W) in an explanation of another kind, as a map of its own: `of` what it is."""
+    made = explanation.provenance.model_copy(update={"target_label": of})
+    return SaliencyMap(made, {}, values[None], affine, signed=bool(values.min() < 0))
+
+
 # The module of each kind, imported when one is read: those that build on this module could not be imported here.
 _KINDS = {
     "SaliencyMap": "explanation",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from MedXAILib.explanation import SaliencyMap
+from MedXAILib.explanation import Explanation, SaliencyMap
 from MedXAILib.model import Prediction
 from MedXAILib.registry import EXPLAINERS
 from MedXAILib.report import interval
@@ -52,17 +52,21 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         f"about {escape(Path(made.volume.get('source') or 'a scan').name)}.</p>",
         f"<p class=warning>{RESEARCH_ONLY} {escape(caution)}</p>",
         _partial(shown.explanation),
-        _said(prediction, made.target_label),
+        said(prediction, made.target_label),
         _picture(shown),
         _meets(shown.localisation),
         _trust(shown.card),
         _reading(shown.explanation),
-        _checks(shown.explanation),
+        checks(shown.explanation),
         _others(others),
-        _provenance(shown.explanation),
+        provenance(shown.explanation),
     ]
-    name = f"Why {made.target_label}: {title(made.method)}"
-    return _PAGE.format(title=escape(name), style=_STYLE, body="\n".join(part for part in parts if part))
+    return document(f"Why {made.target_label}: {title(made.method)}", parts)
+
+
+def document(name: str, parts: Iterable[str], style: str = "") -> str:
+    """The HTML page called `name`, in the look of all pages; `style` is what else its `parts` need."""
+    return _PAGE.format(title=escape(name), style=_STYLE + style, body="\n".join(part for part in parts if part))
 
 
 def _partial(explanation: SaliencyMap) -> str:
@@ -72,7 +76,8 @@ def _partial(explanation: SaliencyMap) -> str:
     return f"<p class=warning><strong>{said}</strong></p>"
 
 
-def _said(prediction: Prediction | None, label: str) -> str:
+def said(prediction: Prediction | None, label: str) -> str:
+    """What the network said, `label` above all."""
     if prediction is None or not prediction.scores:
         return ""
     rows = []
@@ -85,18 +90,23 @@ def _said(prediction: Prediction | None, label: str) -> str:
 
 
 def _picture(shown: Shown) -> str:
-    kept = io.BytesIO()
-    shown.picture.save(kept, "PNG", optimize=True)
-    coded = base64.b64encode(kept.getvalue()).decode()
     made = shown.explanation.provenance
-    alt = escape(f"Planes through the peak of the map of {title(made.method)} for {made.target_label}", quote=True)
+    return picture(shown.picture, f"{title(made.method)} for {made.target_label}")
+
+
+def picture(image: Image.Image, of: str) -> str:
+    """The montage of a map, within the page."""
+    kept = io.BytesIO()
+    image.save(kept, "PNG", optimize=True)
+    coded = base64.b64encode(kept.getvalue()).decode()
+    alt = escape(f"Planes through the peak of the map of {of}", quote=True)
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{coded}"></figure>'
 
 
 def _meets(localisation: Localisation | None) -> str:
     if localisation is None:
         return ""
-    return f"<h2>Does it meet the segmentation?</h2>{_list(localisation.words())}"
+    return f"<h2>Does it meet the segmentation?</h2>{listed(localisation.words())}"
 
 
 def _trust(card: TrustCard | None) -> str:
@@ -114,7 +124,7 @@ def _trust(card: TrustCard | None) -> str:
     numbers = f"<details><summary>The numbers behind it</summary><table>{''.join(rows)}</table></details>"
     said = "<p>The lights are about the map: none says that the answer is right.</p>"
     lights = f"<ul class=lights>{''.join(items)}</ul>{said}"
-    return f"<h2>How far can the map be trusted?</h2>{lights}{_list(missing)}{numbers}"
+    return f"<h2>How far can the map be trusted?</h2>{lights}{listed(missing)}{numbers}"
 
 
 def _reading(explanation: SaliencyMap) -> str:
@@ -141,18 +151,19 @@ def _reading(explanation: SaliencyMap) -> str:
             f"Its strengths: {taxonomy.strengths}.",
             f"Its limits: {taxonomy.limits}.",
         ]
-    return f"<h2>How to read it</h2>{_list(lines)}"
+    return f"<h2>How to read it</h2>{listed(lines)}"
 
 
-def _checks(explanation: SaliencyMap) -> str:
+def checks(explanation: Explanation) -> str:
+    """By how much an explanation misses what theory demands of it, and its notes."""
     meant = [(residual(name), value) for name, value in explanation.residual.items()]
     items = [f'<li><abbr title="{escape(r.help)}">{escape(r.sentence(value))}</abbr>.</li>' for r, value in meant]
     lines = list(explanation.provenance.notes)
-    if explanation.interval is not None:
+    if isinstance(explanation, SaliencyMap) and explanation.interval is not None:
         sure = interval.in_words(explanation.data.numpy(), explanation.interval.numpy())
         lines = [f"{sure}."] * bool(sure) + lines
     checks = f"<ul>{''.join(items)}</ul>" if items else ""
-    return f"<h2>Checks and notes</h2>{checks}{_list(lines)}" if items or lines else ""
+    return f"<h2>Checks and notes</h2>{checks}{listed(lines)}" if items or lines else ""
 
 
 def _others(others: Sequence[Shown]) -> str:
@@ -163,12 +174,13 @@ def _others(others: Sequence[Shown]) -> str:
         method = other.explanation.provenance.method
         words = other.localisation.words() if other.localisation else []
         parts.append(
-            f"<h3>{escape(title(method))}</h3><p>{escape(question(method))}</p>{_picture(other)}{_list(words)}"
+            f"<h3>{escape(title(method))}</h3><p>{escape(question(method))}</p>{_picture(other)}{listed(words)}"
         )
     return "".join(parts)
 
 
-def _provenance(explanation: SaliencyMap) -> str:
+def provenance(explanation: Explanation) -> str:
+    """Where an explanation comes from, behind a fold."""
     rows = []
     for name, value in explanation.provenance.model_dump(mode="json").items():
         if isinstance(value, dict):
@@ -185,7 +197,8 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _list(lines: Iterable[str]) -> str:
+def listed(lines: Iterable[str]) -> str:
+    """Lines as a list; nothing when there are none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 

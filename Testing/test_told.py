@@ -1,0 +1,99 @@
+"""Explanations in words and by concepts: kept, and shown to people."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_explanations
+import torch
+
+import MedXAILib as mx
+from MedXAILib.report.told import told_page, write_told
+
+AFFINE = np.array([[0.0, 0.1, 2.0, 5.0], [0.3, 1.0, 0.0, -7.0], [4.0, 0.0, -0.2, 1.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def chest() -> mx.Volume:
+    return small_explanations.chest()
+
+
+@pytest.fixture(scope="module")
+def caption(chest: mx.Volume) -> mx.Caption:
+    return small_explanations.caption(chest)
+
+
+def scores(made: mx.Provenance, **known: Any) -> mx.ConceptScores:
+    concepts = (
+        mx.Concept("diameter", 1.2, 0.3, 15.2, "mm", map=0, numbers={"weight": 0.3, "p": 0.001}),
+        mx.Concept("calcification", -0.7, value=0.02, map=1, numbers={"weight": -4.0}),
+        mx.Concept("margin", refused="not told from <random> sets"),
+    )
+    maps = torch.stack([torch.arange(24.0).reshape(2, 3, 4), torch.arange(24.0).reshape(2, 3, 4) - 9])
+    return mx.ConceptScores(made, {"shares": 1e-7}, concepts, "share of the logit", "A nodule.", maps, AFFINE, **known)
+
+
+def text(page: str) -> str:
+    return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
+
+
+def test_concept_scores_survive_a_folder(caption: mx.Caption, tmp_path: Path) -> None:
+    made = scores(caption.provenance, alike=np.eye(3) * 0.5)
+    read = mx.load_explanation(made.save(tmp_path / "kept"))
+    assert isinstance(read, mx.ConceptScores)
+    assert read.concepts == made.concepts and read.scored == made.scored and read.text == made.text
+    assert torch.equal(read.maps, made.maps) and np.allclose(read.affine, AFFINE)
+    assert read.alike is not None and np.array_equal(read.alike, np.eye(3) * 0.5)
+    assert read.provenance == made.provenance and read.residual == made.residual
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({"map": 2}, r"'size' has map 2, and there are 2"),
+        ({"score": None}, r"'size' has no score: say why"),
+        ({"value": float("nan")}, r"The value of the concept 'size' is nan"),
+        ({"numbers": {"p": float("inf")}}, r"The p of the concept 'size' is inf"),
+    ],
+)
+def test_a_concept_that_cannot_be_is_refused(caption: mx.Caption, known: dict[str, Any], says: str) -> None:
+    concept = mx.Concept("size", **{"score": 1.0, **known})
+    with pytest.raises(mx.MedXAIError, match=says):
+        mx.ConceptScores(caption.provenance, {}, (concept,), "score", maps=torch.zeros(2, 1, 1, 1))
+
+
+def test_each_map_knows_what_it_is_of_and_which_signs_it_has(caption: mx.Caption) -> None:
+    of_words = caption.seen()
+    by_index = {word.map: word.text for word in caption.words if word.map is not None}
+    assert [one.provenance.target_label for one in of_words] == [by_index[i] for i in range(len(of_words))]
+    assert all(torch.equal(one.data[0], kept) for one, kept in zip(of_words, caption.maps, strict=True))
+    first, second = scores(caption.provenance).seen()
+    assert (first.provenance.target_label, first.signed) == ("diameter", False)
+    assert (second.provenance.target_label, second.signed) == ("calcification", True)
+    assert np.array_equal(first.affine, AFFINE)
+
+
+def test_the_page_of_a_caption_reads_as_the_caption(chest: mx.Volume, caption: mx.Caption, tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    write_told(tmp_path / "page", chest, caption)
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    told = re.search(r"<p class=told>(.*?)</p>", page)
+    assert told is not None and unescape(re.sub("<[^>]+>", "", told[1])) == caption.text
+    assert page.count("<img ") == len(caption.maps) == len(list((tmp_path / "page").glob("map-*.png")))
+    assert "<script" not in page and "check every word" in page and "For research only" in page
+
+
+def test_the_page_of_concepts_says_what_each_is_worth(caption: mx.Caption) -> None:
+    page = told_page(scores(caption.provenance, alike=np.eye(3)), [])
+    shown = text(page)
+    assert "diameter 15.2 mm +1.20 ± 0.30 0.3 0.001" in shown
+    assert "calcification 0.02 -0.70 -4" in shown
+    assert "margin not told from <random> sets" in shown and "<random>" not in page
+    # The longest bar reaches as far as score and interval of any concept, half of the axis.
+    widths = {side: float(width) for side, width in re.findall(r'class=(for|against) style="width:([\d.]+)%"', page)}
+    assert widths == {"for": pytest.approx(50 * 1.2 / 1.5), "against": pytest.approx(50 * 0.7 / 1.5, abs=0.06)}
