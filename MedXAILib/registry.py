@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Technique
+from MedXAILib.textual.semantic import Semantic
 from MedXAILib.visual.attention import Attention
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
@@ -71,6 +72,7 @@ EXPLAINERS: dict[str, type[Technique]] = {
         PredictionDifference,
         MeaningfulPerturbation,
         CounterfactualInfill,
+        Semantic,
     )
 }
 
