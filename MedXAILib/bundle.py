@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -124,12 +124,18 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
             "patch_size": spatial,
             "window": window,
             "layers": tuple(own.get("layers", ())),
-            "retrained": tuple(folder / name for name in own.get("retrained", ())),
-            "permuted": folder / own["permuted"] if "permuted" in own else None,
+            "retrained": tuple(_beside(folder, own.get("retrained", ()))),
+            "permuted": next(_beside(folder, [own["permuted"]] if "permuted" in own else ()), None),
             **_output(metadata),
             **known,
         },
     )
+
+
+def _beside(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Other bundles that are there: this one may have been copied without them, or be one of them."""
+    others = ((folder / name).resolve() for name in names)
+    return (other for other in others if other != folder.resolve() and is_bundle(other))
 
 
 @contextlib.contextmanager
@@ -289,7 +295,7 @@ def _output(metadata: dict[str, Any]) -> dict[str, Any]:
     outputs = metadata.get("network_data_format", {}).get("outputs", {})
     spec = outputs.get(next(iter(outputs), ""), {})
     said = f"{spec.get('format', '')} {spec.get('type', '')} {metadata.get('task', '')}".lower()
-    known = {"segment": "segmentation", "regress": "regression", "ordinal": "ordinal"}
+    known = {"segment": "segmentation", "regress": "regression", "ordinal": "ordinal", "caption": "captioning"}
     task = next((name for word, name in known.items() if word in said), "classification")
     channels = spec.get("channel_def", {})
     return {"task": task, "class_names": tuple(channels[key] for key in sorted(channels, key=int))}

@@ -15,8 +15,10 @@ from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import (
     attention_classifier,
     attention_segmentation,
+    captioner,
     healthy_tissue,
     lung_nodule,
+    lung_nodule_permuted,
     lung_nodule_segmentation,
     mil,
     semantic,
@@ -28,12 +30,15 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         lung_nodule.RECIPE,
+        lung_nodule_permuted.RECIPE,
         lung_nodule_segmentation.RECIPE,
         healthy_tissue.RECIPE,
         attention_classifier.RECIPE,
         attention_segmentation.RECIPE,
         mil.RECIPE,
         semantic.RECIPE,
+        captioner.RECIPE,
+        captioner.VISUAL_RECIPE,
     )
 }
 

@@ -65,6 +65,7 @@ class Grid:
 
 _GRID = Grid()
 _CT = {"format": "hounsfield", "modality": "CT"}
+_ALONE: Mapping[str, Any] = {}
 
 
 def write_bundle(
@@ -84,6 +85,7 @@ def write_bundle(
     spatial_shape: Sequence[int | str] | None = None,
     image: Mapping[str, str] = _CT,
     licence: str = _LICENCE,
+    trainings: Mapping[str, Any] = _ALONE,
 ) -> None:
     """Write `folder` as a MONAI bundle; it appears complete or not at all, and replaces an older one.
 
@@ -91,7 +93,8 @@ def write_bundle(
     predictions, `about` the metadata's task, description and intended use (and authors and source of the data, where
     they are not those of the demo networks), `output` the metadata's description of the prediction, `layers` where
     explanations had best look, `card` the model card in Markdown, `grid` what the network is given, `spatial_shape`
-    which other sizes it takes ("*" is any), `image` the format and modality of scans, `licence` the text, if any.
+    which other sizes it takes ("*" is any), `image` the format and modality of scans, `licence` the text, if any,
+    `trainings` where other trainings of it are (docs/trust.md).
     """
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -101,7 +104,7 @@ def write_bundle(
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, beside / "models" / "model.pt")
     _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers, grid))
     given = {**image, "spatial_shape": list(spatial_shape or (grid.size,) * 3)}
-    _write_json(beside / "configs" / "metadata.json", _metadata(about, given, output, layers, metrics))
+    _write_json(beside / "configs" / "metadata.json", _metadata(about, given, output, {"layers": layers, **trainings}, metrics))
     (beside / "docs" / "README.md").write_text(card, encoding="utf-8")
     if licence:
         (beside / "LICENSE").write_text(licence, encoding="utf-8")
@@ -183,7 +186,7 @@ def _metadata(
     about: Mapping[str, Any],
     image: Mapping[str, Any],
     output: Mapping[str, Any],
-    layers: list[str],
+    own: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
     return {
@@ -199,7 +202,7 @@ def _metadata(
         "data_type": "nrrd",
         **about,
         "eval_metrics": dict(metrics),
-        "medxai": {"layers": layers},
+        "medxai": dict(own),
         "network_data_format": {
             "inputs": {
                 "image": {

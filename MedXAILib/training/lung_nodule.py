@@ -21,6 +21,10 @@ from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
 
 _ATTRIBUTE_WEIGHT = 1.0
+_TRAININGS = {
+    "retrained": ["../retrained/lung_nodule_1", "../retrained/lung_nodule_2"],
+    "permuted": "../retrained/lung_nodule_permuted",
+}
 
 
 def build(classes: int = len(CLASSES), known: Tensor | None = None) -> LungNoduleClassifier:
@@ -119,16 +123,19 @@ def real(network: LungNoduleClassifier, scan: Backgrounds) -> dict[str, float]:
     return {"centred": float(malignant[0]), "shifted_min": float(malignant.min())}
 
 
-def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
-    """Write the bundle."""
+def publish(
+    network: nn.Module, metrics: dict[str, float], folder: Path, name: str = "Lung nodule classifier", card: str = ""
+) -> None:
+    """Write the bundle, with a `card` of its own if it has another purpose."""
     about = {
-        "name": "Lung nodule classifier",
+        "name": name,
         "task": "Classification of lung patches of 50 mm: no nodule, benign-like, malignant-like by a known rule",
         "description": "A demonstration network for explanations. Its classes follow a published rule on computed "
         "nodules, not pathology.",
         "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
     }
-    write_classifier(folder, network, about, ["evidence"], _CARD.format(**metrics), metrics)
+    told = (card or _CARD).format(**metrics)
+    write_classifier(folder, network, about, ["evidence"], told, metrics, trainings=_TRAININGS)
 
 
 def publish_own(table: Table, network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
