@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.engines.capture import Captured
-from MedXAILib.engines.receptive_field import Following, geometry_of
+from MedXAILib.engines.receptive_field import Following, Geometry, geometry_of
 from MedXAILib.engines.rules import Call, Composite, Interception, Rule
 from MedXAILib.engines.seeing import intercepting
 from MedXAILib.explainer import Question
@@ -28,25 +28,24 @@ def read_gates(question: Question) -> list[Captured]:
         Unseen: when a part of the network cannot be looked into.
     """
     size = tuple(question.x.shape[2:])
-    following, taken = Following(len(size)), list[tuple[Tensor, Tensor]]()
+    following, taken = Following(len(size)), list[tuple[Tensor, Geometry | None]]()
     mode = Interception(Composite(tuple((name, _Taken(taken)) for name in ("mul", "multiply", "rmul")), strict=False))
     with torch.no_grad(), intercepting(question.model, mode), following:
         question.values(following.start(mode.start(question.x)))
-    return [Captured(gate, size, geometry_of(features), following.grids) for gate, features in taken]
+    return [Captured(gate, size, looks, following.grids) for gate, looks in taken if gate.ndim == question.x.ndim]
 
 
 @dataclass(frozen=True)
 class _Taken(Rule):
     title: ClassVar[str] = "read"
-    taken: list[tuple[Tensor, Tensor]]
+    taken: list[tuple[Tensor, Geometry | None]]
 
     def __call__(self, call: Call) -> Any:
         gate = call.gate
         if gate is not None:
             (features,) = (factor for factor in call.given if factor is not gate)
-            units = gate.shape[2:]
-            if units == features.shape[2:] and units.numel() > 1 < features.shape[1] and _alike(gate):
-                self.taken.append((gate[:, :1].clone(), features))
+            if gate.shape[2:] == features.shape[2:] and features.shape[1] > 1 and _alike(gate):
+                self.taken.append((gate[:, :1].clone(), geometry_of(features)))
         return call.plain()
 
 
