@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance
-from sklearn.metrics import average_precision_score  # type: ignore[import-untyped]
+from monai.metrics.utils import get_edge_surface_distance
 from torch import Tensor
 
 from MedXAILib.explanation import SaliencyMap
@@ -192,30 +191,44 @@ def _measured(
     values, place = evidence(explanation), Volume(mask[None], explanation.affine)
     met = localise(explanation, place)
     distance = met.distance if bool(values.any()) else math.inf
-    wanted, held = int(mask.sum()), mask[box]
-    last = values.flatten().topk(wanted).values[-1]
+    wanted, held = _count(mask), mask[box]
+    last = float(np.partition(values.flatten().numpy(), -wanted)[-wanted])
     above, level = values > last, (values == last) & (values > 0)
-    drawn = (wanted - above.sum()) * (level & mask).sum() / level.sum().clamp_min(1)
+    drawn = (wanted - _count(above)) * _count(level & mask) / max(1, _count(level))
     marked = (values >= (last if threshold is None else threshold * values.max())) & (values > 0)
-    common, both = int((marked & mask).sum()), int(marked.sum()) + wanted
-    auprc = average_precision_score(held.flatten().numpy(), values[box].flatten().numpy()) if held.any() else 0.0
+    common, both = _count(marked & mask), _count(marked) + wanted
+    hausdorff, hd95 = _hausdorff(marked, mask, place.spacing)
     return Validity(
         pointing=distance <= tolerance_mm,
         distance_mm=distance,
         mass=met.mass,
-        rank=float((above & mask).sum() + drawn) / wanted,
-        auprc=float(auprc) * (int(held.sum()) / wanted),
+        rank=(_count(above & mask) + drawn) / wanted,
+        auprc=float(_precisions(values[box], held).sum()) / wanted,
         iou=common / (both - common),
         dice=2 * common / both,
-        hausdorff_mm=_hausdorff(marked, mask, place.spacing),
-        hd95_mm=_hausdorff(marked, mask, place.spacing, 95),
-        chance=float(held.double().mean()),
+        hausdorff_mm=hausdorff,
+        hd95_mm=hd95,
+        chance=_count(held) / held.numel(),
     )
 
 
-def _hausdorff(marked: Tensor, mask: Tensor, spacing: tuple[float, ...], percentile: float | None = None) -> float:
-    """The distance in mm between the surfaces of both, of which `mask` has a voxel."""
+def _count(mask: Tensor) -> int:
+    return int(mask.count_nonzero())
+
+
+def _precisions(values: Tensor, held: Tensor) -> np.ndarray:
+    """For each of the voxels `held`, the share of them in all that are as high as it or higher: average precision is
+    their mean."""
+    # Sorting values is many times as fast as sorting places, as scikit-learn does.
+    every, ours = np.sort(values.flatten().numpy()), np.sort(values[held].numpy())
+    hits, marked = (len(of) - np.searchsorted(of, ours) for of in (ours, every))
+    return hits / marked
+
+
+def _hausdorff(marked: Tensor, mask: Tensor, spacing: tuple[float, ...]) -> tuple[float, float]:
+    """The largest distance in mm between the surfaces of both, of which `mask` has a voxel, and the larger of the 95th
+    percentiles of both directions."""
     if not bool(marked.any()):
-        return math.inf
-    pair = (each[None, None] for each in (marked, mask))
-    return float(compute_hausdorff_distance(*pair, include_background=True, percentile=percentile, spacing=spacing))
+        return math.inf, math.inf
+    _, distances, _ = get_edge_surface_distance(marked, mask, spacing=spacing, symmetric=True)
+    return max(float(each.max()) for each in distances), max(float(each.quantile(0.95)) for each in distances)
