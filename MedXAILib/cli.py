@@ -360,7 +360,29 @@ def evaluate(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: lung-nodule, lung-nodule-segmentation or healthy-lung.")],
+    name: Annotated[
+        str | None, typer.Argument(help="What to train. Without, what there is to train.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Your own data, a CSV file: volume, label, region (x y z, RAS mm), patient, split, segmentation, "
+            "report, and any numbers to learn as well. \\[default: computed nodules in a chest CT]",
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", help="Of your data, with commas, in order. \\[default: alphabetical]", show_default=False
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option("--size", help="Of your data: voxels along each side of what it sees.")] = 40,
+    spacing: Annotated[float, typer.Option("--spacing", help="Of your data: mm between voxels.")] = 1.25,
+    intensities: Annotated[
+        tuple[float, float], typer.Option("--intensities", help="Of your data: what is black and what is white.")
+    ] = (-1000.0, 400.0),
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the bundle. \\[default: the name]", show_default=False)
     ] = None,
@@ -368,12 +390,23 @@ def train(
     seed: _Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only go through the motions, in seconds.")] = False,
 ) -> None:
-    """Train a network that ships with MedXAI again. The same command goes on with an interrupted training."""
-    out = Path(name.replace("-", "_")) if out is None else out
+    """Train a network that ships with MedXAI again, or on your own data. The same command goes on with an interrupted
+    training."""
     with _live(device=device, seed=seed) as run:
         from MedXAILib import training
+        from MedXAILib.training.bundle import Grid
+        from MedXAILib.training.table import read_table
 
-        measured = training.train(name, out, run, quick)
+        if name is None:
+            for recipe in training.RECIPES.values():
+                typer.echo(recipe.name + (" (also on your own data)" if recipe.own is not None else ""))
+            return
+        out = Path(name.replace("-", "_")) if out is None else out
+        order = None if classes is None else [each.strip() for each in classes.split(",")]
+        grid = Grid(size, spacing, intensities)
+        if data is None and (order, grid) != (None, Grid()):
+            raise MedXAIError("--classes, --size, --spacing and --intensities are of your own data: add --data.")
+        measured = training.train(name, out, run, quick, None if data is None else read_table(data, grid, order, seed))
     table = Table("measured", "value", box=box.SIMPLE)
     for key, value in measured.items():
         table.add_row(_shown(key.replace("_", " ")), f"{value:g}")

@@ -27,6 +27,14 @@ class Row:
         """The error that says `what` is wrong in `column`, and what would be right."""
         return MedXAIError(f"Row {self.number} of '{self.table}', column '{column}': {what}")
 
+    @property
+    def volume(self) -> Path:
+        """The scan."""
+        path = self.file("volume")
+        if path is None:
+            raise self.wrong("volume", "it is empty: give the path of a scan.")
+        return path
+
     def file(self, column: str) -> Path | None:
         """The file or folder in `column`, whose path is absolute or begins where the table is."""
         name = self[column]

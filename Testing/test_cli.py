@@ -301,7 +301,7 @@ def test_training_of_an_unknown_network(here):
 def test_training_says_what_was_measured(here, monkeypatch):
     from MedXAILib import training
 
-    def train(name: str, out: Path, run: mx.Run, quick: bool) -> dict[str, float]:
+    def train(name: str, out: Path, run: mx.Run, quick: bool, data: None) -> dict[str, float]:
         run.step(1, 2, "epoch 1")
         return {"accuracy": 0.95, "seconds": run.seed, "quick": quick, name: len(out.name)}
 

@@ -197,7 +197,7 @@ def read_table(path: Path, grid: Grid | None = None, classes: Sequence[str] | No
     cases = tuple(
         Case(
             row=row,
-            volume=row.file("volume") or path.parent,
+            volume=row.volume,
             region=row.point("region"),
             label=label,
             attributes=tuple(_attribute(row, name) for name in attributes),
