@@ -14,7 +14,7 @@ from MedXAILib.explainer import Question
 from MedXAILib.infills.choice import infill
 from MedXAILib.supervoxels import grid
 from MedXAILib.trust import additivity as amounts
-from MedXAILib.trust import agreement, channels, faithfulness
+from MedXAILib.trust import channels, faithfulness
 from MedXAILib.trust.additivity import Additivity, additivity
 from MedXAILib.trust.faithfulness import NoisyImputation, curves
 
@@ -166,20 +166,6 @@ def test_infidelity_is_that_of_captum():
             normalize=True,
         )
     assert found.infidelity * float(found.lost.square().mean()) == pytest.approx(float(theirs), rel=1e-4)
-
-
-def test_agreement_is_about_one_scan_and_one_answer():
-    model, volume = linear()
-    one, other = (mx.explain(model, volume, "gradient", 0, form=form) for form in ("signed", "times_input"))
-    found = agreement.judge([one, one, other])
-    assert found.values["gradient and gradient: overlap"] <= 1
-    same = agreement.judge([one, one])
-    assert same.light == "good" and same.values["gradient and gradient: peaks apart (mm)"] == 0
-    assert same.values["gradient and gradient: correlation"] == pytest.approx(1)
-    with pytest.raises(mx.MedXAIError, match="one answer"):
-        agreement.judge([one, mx.explain(model, volume, "gradient", 1)])
-    with pytest.raises(mx.MedXAIError, match="at least two"):
-        agreement.judge([one])
 
 
 def test_a_map_that_marks_what_counts_gets_a_good_light_and_its_reverse_a_poor_one():

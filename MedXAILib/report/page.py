@@ -23,8 +23,9 @@ from MedXAILib.report.localisation import Localisation
 from MedXAILib.report.methods import question, title
 from MedXAILib.report.montage import FAINTEST
 from MedXAILib.report.residuals import residual
+from MedXAILib.trust import agreement
 from MedXAILib.trust.card import CHECKS, TrustCard
-from MedXAILib.trust.finding import COLOURS
+from MedXAILib.trust.finding import COLOURS, Finding
 
 RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
 
@@ -58,7 +59,7 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         _trust(shown.card),
         _reading(shown.explanation),
         checks(shown.explanation),
-        _others(others),
+        _others(shown, others),
         provenance(shown.explanation),
     ]
     return document(f"Why {made.target_label}: {title(made.method)}", parts)
@@ -114,9 +115,7 @@ def _trust(card: TrustCard | None) -> str:
         return ""
     items, rows = [], []
     for found in card.findings:
-        word, colour = COLOURS[found.light]
-        lamp = f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
-        items.append(f"<li>{lamp}: {escape(found.title)} {escape(found.sentence)}</li>")
+        items.append(f"<li>{_lamp(found)}: {escape(found.title)} {escape(found.sentence)}</li>")
         for name, value in found.values.items():
             cells = f"<td>{escape(name)}</td><td class=number>{value:.3g}</td>"
             rows.append(f"<tr><th>{escape(found.check)}</th>{cells}</tr>")
@@ -125,6 +124,11 @@ def _trust(card: TrustCard | None) -> str:
     said = "<p>The lights are about the map: none says that the answer is right.</p>"
     lights = f"<ul class=lights>{''.join(items)}</ul>{said}"
     return f"<h2>How far can the map be trusted?</h2>{lights}{listed(missing)}{numbers}"
+
+
+def _lamp(found: Finding) -> str:
+    word, colour = COLOURS[found.light]
+    return f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
 
 
 def _reading(explanation: SaliencyMap) -> str:
@@ -166,10 +170,12 @@ def checks(explanation: Explanation) -> str:
     return f"<h2>Checks and notes</h2>{checks}{listed(lines)}" if items or lines else ""
 
 
-def _others(others: Sequence[Shown]) -> str:
+def _others(shown: Shown, others: Sequence[Shown]) -> str:
     if not others:
         return ""
-    parts = ["<h2>The same question, asked in other ways</h2>"]
+    found = agreement.judge([one.explanation for one in (shown, *others)])
+    agree = f"<ul class=lights><li>{_lamp(found)}: {escape(found.sentence)}</li></ul>"
+    parts = [f"<h2>The same question, asked in other ways</h2>{agree}"]
     for other in others:
         method = other.explanation.provenance.method
         words = other.localisation.words() if other.localisation else []
