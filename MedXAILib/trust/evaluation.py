@@ -17,9 +17,12 @@ from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory
 from MedXAILib.model import Model
 from MedXAILib.region import Region
 from MedXAILib.registry import make
+from MedXAILib.report.case import PAGE
+from MedXAILib.report.evaluation import page
 from MedXAILib.report.localisation import centre
 from MedXAILib.request import explain
 from MedXAILib.run import Run
+from MedXAILib.table import Row, read_rows
 from MedXAILib.trust.card import CHECKS, trust_card
 from MedXAILib.trust.judged import Judged
 from MedXAILib.volume import Volume, load_volume
@@ -46,28 +49,17 @@ def read_cases(table: Path) -> list[Asked]:
     Raises:
         MedXAIError: naming the row and the column that is wrong.
     """
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "volume" not in rows[0]:
-        raise MedXAIError(f"'{table}' holds no cases: give a CSV file with a column 'volume', one row for each scan.")
-    strange = sorted(str(name) for name in set(rows[0]) - set(COLUMNS))
+    rows = read_rows(table)
+    strange = sorted(set(rows[0].cells) - set(COLUMNS))
     if strange:
         raise MedXAIError(f"'{table}' has columns that mean nothing here: {', '.join(strange)}.")
-    return [_case(table, number, row) for number, row in enumerate(rows, 2)]
+    return [_case(row) for row in rows]
 
 
-def _case(table: Path, number: int, row: Mapping[str, str | None]) -> Asked:
-    volume, segmentation, target, region = ((row.get(column) or "").strip() for column in COLUMNS)
-    for column, name in (("volume", volume), ("segmentation", segmentation)):
-        if not (table.parent / name).exists() or (column == "volume" and not name):
-            raise MedXAIError(f"Row {number} of '{table}': there is no {column} '{name}'.")
-    try:
-        point = tuple(map(float, region.split())) or None
-    except ValueError:
-        raise MedXAIError(f"Row {number} of '{table}': region '{region}' is not three numbers in RAS mm.") from None
-    mask = table.parent / segmentation if segmentation else None
+def _case(row: Row) -> Asked:
+    target = row["target"]
     which = int(target) if target.isdecimal() else target or None
-    return Asked(volume, table.parent / volume, mask, which, point)
+    return Asked(row["volume"], row.volume, row.file("segmentation"), which, row.point("region"))
 
 
 def evaluate(
@@ -78,21 +70,36 @@ def evaluate(
     run: Run | None = None,
     checks: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Explain and check each of `cases` by each of `methods` (with their parameters), and sum up.
-
-    Each result is a file in `out`, kept as soon as it is there: what was interrupted goes on where it was. A method
-    that refuses a case says why in its place.
+    """Explain and check each of `cases` by each of `methods` (with their parameters), and sum up. What was interrupted
+    goes on where it was.
 
     Returns:
         The rows of the table: for each method the mean of every number, half the width of its 95 % confidence interval
-        over cases, and how many cases it is of. They are in `out`/table.csv, too.
+        over cases, and how many cases it is of. They are in `out`/table.csv, too, and in plots in `out`/index.html.
     """
+    found = results(model, cases, methods, out, run, checks)
+    rows = [summary(method, of_method) for method, of_method in found.items()]
+    _write_table(out / "table.csv", rows)
+    (out / PAGE).write_text(page(model.name, rows, found), encoding="utf-8")
+    return rows
+
+
+def results(
+    model: Model,
+    cases: Sequence[Asked],
+    methods: Mapping[str, Mapping[str, Any]],
+    out: Path,
+    run: Run | None = None,
+    checks: Sequence[str] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """What `evaluate` sums up: for each method a result of each case, which says why where it was refused. Each is a
+    file in `out`, kept as soon as it is there."""
     run = run if run is not None else Run()
     chosen = tuple(CHECKS) if checks is None else tuple(checks)
     for method, parameters in methods.items():
         make(method, parameters)
     (out / "cases").mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for number, case in enumerate(cases):
         identity = [model.fingerprint, _known(case.volume), _known(case.segmentation), case.target, case.region]
         for method, parameters in methods.items():
@@ -100,14 +107,12 @@ def evaluate(
             path = out / "cases" / f"{number:04d}-{method}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
             if not path.exists():
                 run.step(number, len(cases), f"Case {number + 1}: {method}")
-                found = _measured(model, case, method, parameters, chosen, run)
+                measured = _measured(model, case, method, parameters, chosen, run)
                 beside = path.with_suffix(".part")
-                beside.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+                beside.write_text(json.dumps(measured, indent=1, ensure_ascii=False), encoding="utf-8")
                 beside.replace(path)
-            results[method].append(json.loads(path.read_text(encoding="utf-8")))
-    rows = [summary(method, found) for method, found in results.items()]
-    _write_table(out / "table.csv", rows)
-    return rows
+            found[method].append(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def _measured(
