@@ -223,7 +223,7 @@ def test_page_escapes_what_others_wrote_and_asks_nobody_for_anything():
     made = {
         "target_label": evil,
         "model": {"name": evil, "task": "classification", evil: evil},
-        "volume": {"source": evil},
+        "volume": {"source": evil, "fingerprint": evil},
         "notes": [evil],
         "parameters": {"layers": [evil]},
     }
