@@ -231,7 +231,7 @@ def _decided(question: Question, network: NamesAttributes, values: Mapping[str, 
     value = question.bound[0].value(output)
     columns = output.flatten(1).T[..., None]
     weights = [question.gradients(score, [given], keep=True)[0] for score in (value, *columns)]
-    output, columns = output.detach(), columns.detach()
+    output, columns, value = output.detach(), columns.detach(), value.detach()
     # The one score of a binary network is that of its second class.
     binary = len(columns) == 1 and model.task == "classification"
     names = [model.class_name(i + binary) for i in range(len(columns))]
