@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from MedXAILib.errors import unknown
 from MedXAILib.networks.lung_nodule import Evidence, block
 
 CELL = 4
@@ -52,6 +53,8 @@ class MultipleInstanceClassifier(nn.Module):
         )
         self.evidence = Evidence(3 * width, 4 * width)
         self.scores = OrdinalScores(4 * width, grades)
+        if pooling not in ("noisy_or", "attention"):
+            raise unknown("pooling", pooling, ("noisy_or", "attention"))
         self.instances = NoisyOr() if pooling == "noisy_or" else GatedAttention(4 * width)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -120,5 +123,8 @@ def in_lung(image: Tensor) -> Tensor:
     """Which instances of `image` (N, 1, D, H, W) lie in lung, (N, 1, D / 4, H / 4, W / 4) bool; all where none does."""
     low, high = _LUNG
     lung = F.avg_pool3d(((image > low) & (image < high)).to(image), CELL)
-    around = F.avg_pool3d(lung, _AROUND, stride=1, padding=_AROUND // 2, count_include_pad=False) > _ENOUGH
+    # No more than the image has, of which each side is odd, so that it has a middle.
+    window = [min(_AROUND, size - 1 + size % 2) for size in lung.shape[2:]]
+    padding = [size // 2 for size in window]
+    around = F.avg_pool3d(lung, window, stride=1, padding=padding, count_include_pad=False) > _ENOUGH
     return around | ~around.flatten(1).any(1).reshape(-1, 1, 1, 1, 1)

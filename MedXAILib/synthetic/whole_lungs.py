@@ -45,7 +45,7 @@ def crops(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = Fa
     """
     made = []
     for k in range(count):
-        generator = _generator(seed, k)
+        generator = _generator(seed, k // len(CLASSES))
         part = _place(backgrounds, size, generator)
         image, mask = _scan(backgrounds, backgrounds.hu, part, k % len(CLASSES), seed * 1000 + k, borderline)
         made.append(_turned(image, mask, generator, swap=True))

@@ -70,6 +70,6 @@ class MIL(Explainer):
             # Of which scores the value consists: one of them, or the lead of one over another.
             (weights,) = torch.autograd.grad(again.sum(), said)
             map_ = torch.einsum("nk,nk...->n...", weights, parts)[:, None]
-            missed = (again - value).abs() / value.abs().clamp_min(1e-12)
+            missed = ((again - value).abs() / value.abs().clamp_min(1e-12)).detach()
             found.append(Attribution(taken["instances"].place(map_), {"pooling": float(missed.max())}))
         return found
