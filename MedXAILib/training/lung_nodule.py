@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,11 +89,12 @@ def measure(network: LungNoduleClassifier, patches: Nodules | Patches, layer: st
 
 @torch.no_grad()
 def measure_own(table: Table, network: LungNoduleClassifier, patches: Patches) -> dict[str, float]:
-    """What `measure` does, and the recall of each class and the error of each attribute, by name."""
+    """What `measure` does, the recall of each class and the error of each attribute; nothing of what was not there."""
     device = network.class_head.weight.device
     features = torch.cat([network.features(part.to(device)) for part in patches.images.split(50)])
     guessed, told = network.class_head(features).argmax(1), network.attribute_head(features)
-    return measure(network, patches) | table.by_name(guessed.cpu(), told.cpu(), patches)
+    found = measure(network, patches) | table.by_name(guessed.cpu(), told.cpu(), patches)
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def hirescam(network: LungNoduleClassifier, images: Tensor, layer: str = "evidence") -> tuple[Tensor, Tensor]:
