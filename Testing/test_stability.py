@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from captum.attr import Saliency
+from captum.metrics import sensitivity_max
+from conftest import oblique_affine
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,10 +36,26 @@ class Ask(nn.Module):
         return torch.stack([score, -score], 1)
 
 
-def found(function, scan: mx.Volume, method: str = "gradient", **known: object):
-    model = mx.Model(Ask(function), channels=scan.data.shape[0], spatial_dims=3)
-    explanation = mx.explain(model, scan, method, 0, **known)  # type: ignore[arg-type]
-    return stability.judge(Judged(explanation, model, scan))
+def judged(network: nn.Module, scan: mx.Volume, **known: object) -> Judged:
+    model = mx.Model(network, channels=scan.data.shape[0], spatial_dims=3)
+    return Judged(mx.explain(model, scan, "gradient", 0, **known), model, scan)  # type: ignore[arg-type]
+
+
+def found(function, scan: mx.Volume):
+    return stability.judge(judged(Ask(function), scan))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[mx.Volume]:
+    """The scans that were explained anew."""
+    told, again = [], Judged.again
+
+    def watched(self: Judged, **given: mx.Volume) -> mx.SaliencyMap:
+        told.append(given["volume"])
+        return again(self, **given)
+
+    monkeypatch.setattr(Judged, "again", watched)
+    return told
 
 
 def test_the_gradient_of_a_linear_network_is_perfectly_stable() -> None:
@@ -63,23 +84,79 @@ def test_a_map_that_moves_with_the_scan_is_moved_back() -> None:
     assert 1 - told.values["noise"] == pytest.approx(0.5 * 0.01**2, rel=0.2)
 
 
-def test_the_noise_is_that_of_the_map_s_own_place_and_of_each_channel() -> None:
+def test_the_noise_is_that_of_the_map_s_own_place_and_of_each_channel(asked) -> None:
     scan = volume(shape=(2, 6, 20, 20))
     scan.data[1] *= 50
     scan.data[:, :, :10] *= 1000
-    told = []
-    asked = Judged.again
-
-    def watched(self: Judged, **given: mx.Volume) -> mx.SaliencyMap:
-        told.append(given["volume"])
-        return asked(self, **given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judged, "again", watched)
-        found(lambda x: x[:, :, :, 10:] ** 2, scan)
-    added = (told[0].data - scan.data)[:, :, 10:]
+    about = judged(Ask(lambda x: x[:, :, :, 10:] ** 2), scan)
+    stability.judge(about)
+    added = (asked[0].data - scan.data)[:, :, 10:]
     for of_channel, values in zip(added, scan.data[:, :, 10:], strict=True):
         assert float(of_channel.std()) == pytest.approx(0.01 * float(values.std()), rel=0.05)
+    asked.clear()
+    stability.max_sensitivity(about, radius=0.1, draws=2)
+    for near in asked:
+        for of_channel, values in zip((near.data - scan.data)[:, :, 10:], scan.data[:, :, 10:], strict=True):
+            reach = 0.1 * float(values.std())
+            # Even in the ball: as far as its surface, and with the standard deviation of what is even.
+            assert 0.99 * reach < float(of_channel.abs().max()) < 1.001 * reach
+            assert float(of_channel.std()) == pytest.approx(reach / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("known", [{}, {"per_channel": True}, {"form": "times_input"}])
+def test_max_sensitivity_is_that_of_captum_for_the_same_scans(asked, known) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Tanh(), nn.Conv3d(4, 3, 3, 2), nn.Tanh(), nn.Flatten())
+    network.append(nn.Linear(network(torch.zeros(1, 2, 7, 11, 9)).shape[1], 2))
+    scan = mx.Volume(volume(3, (2, 7, 11, 9)).data, oblique_affine())
+    ours = stability.max_sensitivity(judged(network, scan, **known), radius=0.5, draws=6)
+
+    def theirs(inputs: Tensor | tuple[Tensor]) -> tuple[Tensor]:
+        x = inputs[0] if isinstance(inputs, tuple) else inputs
+        gradient = Saliency(network).attribute(x.requires_grad_(), 0, abs=False)
+        gradient = gradient * x.detach() if known.get("form") else gradient
+        # As a tuple, without which captum takes the channels of the map for maps.
+        return (gradient if known.get("per_channel") else gradient.sum(1, keepdim=True),)
+
+    near = torch.stack([each.data for each in asked])
+    expected = sensitivity_max(theirs, scan.data[None], lambda _: near, n_perturb_samples=6)
+    assert len(asked) == 6 and ours == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_max_sensitivity_of_a_linear_and_of_a_quadratic_network() -> None:
+    scan = volume()
+    weights = volume(1).data - 0.5
+    assert stability.max_sensitivity(judged(Ask(lambda x: x * weights), scan)) == 0
+    # Also where the map is even, of which no correlation can be told.
+    assert stability.max_sensitivity(judged(Ask(lambda x: x), scan)) == 0
+    # The gradient of the sum of squares is the scan, and what is even in a ball is a third of its square on average.
+    about = judged(Ask(lambda x: x**2 / 2), scan)
+    bound = float(scan.data.std(correction=0) / scan.data.square().mean().sqrt())
+    assert stability.max_sensitivity(about, 0.2) == pytest.approx(0.2 * bound / 3**0.5, rel=0.1)
+    assert stability.max_sensitivity(about, 0.4) == pytest.approx(2 * stability.max_sensitivity(about, 0.2), rel=1e-4)
+    # What is in the card is of one scan with noise of that standard deviation.
+    assert stability.judge(about).values["sensitivity"] == pytest.approx(0.01 * bound, rel=0.1)
+
+
+def test_more_draws_find_more_and_the_seed_decides_which() -> None:
+    def largest(draws: int, seed: int = 1) -> float:
+        about = judged(Ask(lambda x: torch.exp(3 * x)), volume(), run=mx.Run(seed=seed))
+        return stability.max_sensitivity(about, draws=draws)
+
+    found = [largest(draws) for draws in (1, 2, 4, 8)]
+    assert found == sorted(found) and found[0] < found[-1]
+    assert largest(4) == found[2] != largest(4, seed=2)
+
+
+def test_max_sensitivity_can_be_cancelled_and_needs_a_map() -> None:
+    with pytest.raises(mx.MedXAIError, match="zero everywhere"):
+        stability.max_sensitivity(judged(Ask(lambda x: 0 * x), volume()))
+    steps = []
+    about = judged(Ask(lambda x: x**2), volume())
+    run = mx.Run(progress=steps.append, cancel=lambda: len(steps) == 3)
+    with pytest.raises(mx.Cancelled):
+        stability.max_sensitivity(replace(about, run=run))
+    assert [(s.done, s.total) for s in steps] == [(0, 10), (1, 10), (2, 10)]
 
 
 def test_a_map_that_faint_noise_overturns_is_found_out_and_the_scan_is_left_alone() -> None:

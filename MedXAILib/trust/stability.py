@@ -1,6 +1,7 @@
 """Does a map survive a change of the scan that nobody would see?
 
-Alvarez-Melis, Jaakkola, "On the robustness of interpretability methods", 2018.
+Alvarez-Melis, Jaakkola, "On the robustness of interpretability methods", 2018; Yeh et al., "On the (in)fidelity and
+sensitivity of explanations", 2019 (max-sensitivity).
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from MedXAILib.errors import MedXAIError
 from MedXAILib.grid import transform
+from MedXAILib.report import localisation
 from MedXAILib.trust.finding import Finding, Light, light
 from MedXAILib.trust.judged import Judged
 from MedXAILib.trust.likeness import correlation, extent, overlap
 from MedXAILib.volume import Volume
 
+TITLE = "Does a tiny change of the scan change it?"
 NOISE = 0.01
 """The noise that is added, as a share of the standard deviation of the scan where the map is."""
+DRAWS = 10
+"""Scans around this one among which the map that changes most is looked for."""
 MOVED = 0.1
 """An answer that moves by more than this share of itself is the network's own doing."""
 
@@ -32,13 +38,14 @@ def judge(judged: Judged) -> Finding:
 
     A network may know places and not only things: its map may move with the scan or stay, whichever is more alike. How
     like its mirror image the map of the mirrored scan is stands in the values only: not every network has to be
-    symmetric.
+    symmetric. So does `sensitivity`, which is the change of the map by that one noise as a share of it.
     """
     own, volume = judged.explanation.data, judged.volume
     box = extent(own)
     if box is None:
         return _finding("The map is the same everywhere: there is nothing in it that could change.", None, {})
-    noisy = replace(volume, data=volume.data + NOISE * _noise(judged, box))
+    noise = torch.randn(volume.data.shape, generator=_generator(judged))
+    noisy = replace(volume, data=volume.data + NOISE * _spread(volume, box[1:]) * noise)
     axis = max(range(1, own.ndim), key=lambda a: (box[a].stop - box[a].start, a))
     moved = replace(volume, data=_moved(volume.data, axis))
     turned = _mirror(judged)
@@ -71,6 +78,7 @@ def judge(judged: Judged) -> Finding:
         sentence += f" The network's own answer moves by {most:.0%}: it is the network that is unstable."
     values = {
         **likeness,
+        "sensitivity": _change(own, with_noise),
         "noise_overlap": overlap(own[box], with_noise[box]),
         "shift_overlap": max(overlap(own[inner], there) for there in places),
         "flip": correlation(own[box], judged.again(volume=mirrored).data[..., turned][box]),
@@ -80,12 +88,39 @@ def judge(judged: Judged) -> Finding:
     return _finding(sentence, colour, values)
 
 
-def _noise(judged: Judged, box: tuple[slice, ...]) -> Tensor:
-    """(C, *spatial), of the standard deviation that each channel has in the box."""
-    data = judged.volume.data
-    spread = data[(slice(None), *box[1:])].flatten(1).std(1, correction=0)
-    generator = torch.Generator().manual_seed(judged.explanation.provenance.seed)
-    return torch.randn(data.shape, generator=generator) * spread.reshape(-1, *[1] * (data.ndim - 1))
+def max_sensitivity(judged: Judged, radius: float = NOISE, draws: int = DRAWS) -> float:
+    """How much the map changes at most in a small ball around the scan, as a share of it (Frobenius norm): 0 when it
+    stays. The ball holds the scans of which no voxel is more than `radius` away, in units of the standard deviation
+    that its channel has where the map is; of `draws` even draws from it the largest change counts, so that more draws
+    find more.
+
+    Raises:
+        MedXAIError: when the map is zero everywhere.
+    """
+    own, volume, generator = judged.explanation.data, judged.volume, _generator(judged)
+    box = localisation.extent(own)
+    if box is None:
+        raise MedXAIError("The map is zero everywhere, so that no change is a share of it: explain another target.")
+    reach, largest = radius * _spread(volume, box), 0.0
+    for draw in range(draws):
+        judged.run.step(draw, draws, "Maps around the scan")
+        near = volume.data + reach * (2 * torch.rand(volume.data.shape, generator=generator) - 1)
+        largest = max(largest, _change(own, judged.again(volume=replace(volume, data=near)).data))
+    return largest
+
+
+def _change(own: Tensor, other: Tensor) -> float:
+    return float((other.double() - own.double()).norm() / own.double().norm())
+
+
+def _generator(judged: Judged) -> torch.Generator:
+    return torch.Generator().manual_seed(judged.explanation.provenance.seed)
+
+
+def _spread(volume: Volume, box: tuple[slice, ...]) -> Tensor:
+    """(C, 1, ...): the standard deviation that each channel has in the box."""
+    spread = volume.data[(slice(None), *box)].flatten(1).std(1, correction=0)
+    return spread.reshape(-1, *[1] * (volume.data.ndim - 1))
 
 
 def _moved(data: Tensor, axis: int) -> Tensor:
@@ -111,4 +146,4 @@ def _answer(judged: Judged, volume: Volume) -> float:
 
 
 def _finding(sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:
-    return Finding("stability", "Does a tiny change of the scan change it?", sentence, colour, values)
+    return Finding("stability", TITLE, sentence, colour, values)
