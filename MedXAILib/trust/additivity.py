@@ -22,6 +22,7 @@ from MedXAILib.supervoxels import grid
 from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.judged import Judged
 
+TITLE = "Do its values mean amounts?"
 SAMPLES = 32
 """Sets of places that are tried."""
 
@@ -100,7 +101,7 @@ def judge(judged: Judged, samples: int = SAMPLES) -> Finding:
     }[colour]
     return Finding(
         "additivity",
-        "Do the values of the map mean amounts?",
+        TITLE,
         f"{sentence} (correlation {value:.2f}).",
         colour,
         {"sensitivity-n": value, "infidelity": found.infidelity},

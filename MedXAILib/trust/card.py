@@ -54,15 +54,15 @@ def _faithfulness(judged: Judged) -> Finding:
 _STEPS, _SETS = 6, 16
 
 CHECKS: dict[str, Check] = {
-    "validity": Check("Does it meet the segmentation?", validity.judge),
-    "randomisation": Check("Does it depend on what the network learnt?", randomisation.judge, randomisation.DRAWS, 2),
-    "faithfulness": Check("Does the answer depend on what the map marks?", _faithfulness, 0, 2 * _STEPS),
-    "stability": Check("Does a tiny change of the scan change it?", stability.judge, 3, 3),
-    "discrimination": Check("Is it about this answer?", discrimination.judge, 1, 1),
-    "channels": Check("Which channel does the answer come from?", channels.judge, 0, 2**2),
-    "additivity": Check("Do its values mean amounts?", lambda judged: additivity.judge(judged, _SETS), 0, _SETS + 1),
-    "permuted": Check("Does it depend on the labels that were learnt?", retraining.permuted, 1),
-    "repeatability": Check("Would another training give the same map?", retraining.repeatability, 2),
+    "validity": Check(validity.TITLE, validity.judge),
+    "randomisation": Check(randomisation.TITLE, randomisation.judge, randomisation.DRAWS, 2),
+    "faithfulness": Check(faithfulness.TITLE, _faithfulness, 0, 2 * _STEPS),
+    "stability": Check(stability.TITLE, stability.judge, 3, 3),
+    "discrimination": Check(discrimination.TITLE, discrimination.judge, 1, 1),
+    "channels": Check(channels.TITLE, channels.judge, 0, 2**2),
+    "additivity": Check(additivity.TITLE, lambda judged: additivity.judge(judged, _SETS), 0, _SETS + 1),
+    "permuted": Check(retraining.PERMUTED, retraining.permuted, 1),
+    "repeatability": Check(retraining.REPEATED, retraining.repeatability, 2),
 }
 """In the order of what matters most. A new check is a file of its own and a line here."""
 

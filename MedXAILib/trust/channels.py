@@ -19,6 +19,7 @@ from MedXAILib.trust.finding import Finding
 from MedXAILib.trust.judged import Judged
 from MedXAILib.visual.baseline import baseline
 
+TITLE = "Which channel does the answer come from?"
 MOST = 8
 """Channels: all 2^C sets of them are asked about."""
 
@@ -48,7 +49,7 @@ def judge(judged: Judged) -> Finding | None:
         said = "; so does most of the map" if strongest == first else f"; most of the map is in channel {strongest}"
     return Finding(
         "channels",
-        "Which channel does the answer come from?",
+        TITLE,
         f"Most of the answer ({weight:.0%}) comes from channel {first}{said}.",
         None,
         values,

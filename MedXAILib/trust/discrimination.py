@@ -13,6 +13,8 @@ from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.judged import Judged
 from MedXAILib.trust.likeness import correlation, extent
 
+TITLE = "Is it about this answer?"
+
 # As for networks that are scrambled: half-way from nothing in common to the same picture, and clearly beyond.
 _GOOD, _FAIR = 0.5, 0.8
 
@@ -37,10 +39,9 @@ def judge(judged: Judged) -> Finding | None:
         return None
     scores[target.which] = -1.0
     other = int(scores.argmax())
-    title = "Is it about this answer?"
     box = extent(judged.explanation.data)
     if box is None:
-        return Finding("discrimination", title, "The map is the same everywhere: it tells no classes apart.", None, {})
+        return Finding("discrimination", TITLE, "The map is the same everywhere: it tells no classes apart.", None, {})
     found = judged.again(target=replace(target, which=other)).data
     alike = correlation(judged.explanation.data[box], found[box])
     this, that = (f"'{model.class_name(index)}'" for index in (target.which, other))
@@ -51,4 +52,4 @@ def judge(judged: Judged) -> Finding | None:
         "poor": f"The map for {that} looks the same ({alike:.2f} alike): it shows what the network looks at, not why "
         f"it decided for {this}.",
     }[colour]
-    return Finding("discrimination", title, sentence, colour, {"likeness": alike, "other": float(other)})
+    return Finding("discrimination", TITLE, sentence, colour, {"likeness": alike, "other": float(other)})

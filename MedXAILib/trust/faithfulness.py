@@ -23,6 +23,7 @@ from MedXAILib.infills.inpainting import Inpainting
 from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.judged import Judged
 
+TITLE = "Does the answer depend on what the map marks?"
 STEPS = 12
 """Points of a curve; they lie closer where little is taken away, because lesions are small."""
 
@@ -112,7 +113,7 @@ def judge(judged: Judged, infills: Sequence[str] = ("blur", "road"), steps: int 
                     f"{name}: insertion": insertion,
                     f"{name}: score": found.score,
                 }
-    say = partial(Finding, "faithfulness", "Does the answer depend on what the map marks?", values=values)
+    say = partial(Finding, "faithfulness", TITLE, values=values)
     scores = [value for name, value in values.items() if name.endswith("score")]
     if not scores:
         return say("The answer stays the same when the whole scan is replaced, so nothing can be said.", light=None)

@@ -24,6 +24,7 @@ from MedXAILib.trust.likeness import correlation, extent
 Stage = str | Sequence[str]
 """Modules, by their names in the network, that are re-drawn together with all that is in them."""
 
+TITLE = "Does it depend on what the network learnt?"
 DRAWS = 3
 """How often the upper third is re-drawn: of the demo network a single draw strays by 0.2 for maps as coarse as CAMs."""
 
@@ -211,4 +212,4 @@ def _modules(network: nn.Module, stage: Stage) -> Iterator[nn.Module]:
 
 
 def _finding(sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:
-    return Finding("randomisation", "Does it depend on what the network learnt?", sentence, colour, values)
+    return Finding("randomisation", TITLE, sentence, colour, values)

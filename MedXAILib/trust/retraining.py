@@ -32,7 +32,7 @@ def repeatability(judged: Judged) -> Finding:
     """
     found = _likeness(judged, judged.model.retrained, "other training")
     if not found:
-        return _finding("repeatability", _REPEATED, _EVEN, None, {})
+        return _finding("repeatability", REPEATED, _EVEN, None, {})
     alike = mean(found)
     colour = light(alike, _SAME, _SIMILAR)
     times = "another training" if len(found) == 1 else f"{len(found)} other trainings"
@@ -43,7 +43,7 @@ def repeatability(judged: Judged) -> Finding:
     }[colour]
     values = {"likeness": alike, "lowest": min(found), "highest": max(found)}
     return _finding(
-        "repeatability", _REPEATED, f"The network after {times} would {sentence} ({alike:.2f} alike).", colour, values
+        "repeatability", REPEATED, f"The network after {times} would {sentence} ({alike:.2f} alike).", colour, values
     )
 
 
@@ -56,7 +56,7 @@ def permuted(judged: Judged) -> Finding:
     source = judged.model.permuted
     found = _likeness(judged, () if source is None else (source,), "training on permuted labels")
     if not found:
-        return _finding("permuted", _PERMUTED, _EVEN, None, {})
+        return _finding("permuted", PERMUTED, _EVEN, None, {})
     alike = abs(found[0])
     colour = light(alike, _OTHER, _RELATED)
     sentence = {
@@ -66,15 +66,15 @@ def permuted(judged: Judged) -> Finding:
     }[colour]
     return _finding(
         "permuted",
-        _PERMUTED,
+        PERMUTED,
         f"The same network, taught labels that mean nothing, {sentence} ({alike:.2f} alike).",
         colour,
         {"likeness": alike},
     )
 
 
-_REPEATED = "Would another training give the same map?"
-_PERMUTED = "Does it depend on the labels that were learnt?"
+REPEATED = "Would another training give the same map?"
+PERMUTED = "Does it depend on the labels that were learnt?"
 _EVEN = "The map is the same everywhere: there is nothing in it that could change."
 
 

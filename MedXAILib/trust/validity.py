@@ -17,6 +17,8 @@ from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.judged import Judged
 from MedXAILib.volume import Volume
 
+TITLE = "Does it meet the segmentation?"
+
 # How much of the way from the AUPRC of the best map that knows nothing of the network to that of a perfect map must be
 # gone. A share of the way, since a multiple means little where the former is tiny and cannot be reached where it is
 # large. A lesion is small and a map smooth, so that even a good map goes only a part of it.
@@ -154,7 +156,7 @@ def judge(judged: Judged) -> Finding | None:
         sentence = "Nothing on the map speaks for the answer, so it does not meet the segmentation."
     # JSON has no infinity.
     values = {key: value for key, value in values.items() if math.isfinite(value)}
-    return Finding("validity", "Does it meet the segmentation?", sentence, rated, values)
+    return Finding("validity", TITLE, sentence, rated, values)
 
 
 def _percent(share: float) -> str:
