@@ -90,6 +90,8 @@ def test_what_the_gates_let_through_adds_up_to_the_score(which: int) -> None:
         gate.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     logit = network(scan(1, 1, *SHAPE))[0, which]
     gradients = torch.autograd.grad(logit, kept)
+    # Linear, and alike wherever it was: only the attention tells places apart.
+    assert all(torch.equal(g, g[..., :1, :1, :1].expand_as(g)) for g in gradients)
     relevance = sum(float((g * a).sum().detach()) for g, a in zip(gradients, kept, strict=True))
     assert relevance + float(network.class_head.bias[which].detach()) == pytest.approx(float(logit.detach()), abs=1e-5)
 
@@ -225,6 +227,7 @@ WRITTEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by another name": lambda f, s: torch.multiply(f, F.sigmoid(s)),
     "in place": _in_place,
     "assigned": _assigned,
+    "scaled": lambda f, s: f * (2 * s.sigmoid() / 2),
     "expanded": lambda f, s: s.sigmoid().expand_as(f) * f,
     "repeated": lambda f, s: f * torch.sigmoid(s).repeat(1, 4, 1, 1, 1),
     "from a coarser grid": lambda f, s: f * F.interpolate(s[..., ::2, ::2, ::2].sigmoid(), size=f.shape[2:]),
@@ -245,6 +248,7 @@ NO_GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nothing": lambda f, _: f,
     "a number for each channel": lambda f, _: f * f.mean((2, 3, 4), keepdim=True).sigmoid(),
     "each channel by itself": lambda f, _: f * f.sigmoid(),
+    "the only channel by itself": lambda f, s: (s * s.sigmoid()).expand_as(f),
     "no gate": lambda f, s: f * s.relu(),
     "after pooling": lambda f, s: (f.mean((2, 3, 4)) * s.mean((2, 3, 4)).sigmoid())[:, :, None, None, None],
     "a number for each scan": lambda f, s: f * s.amax((2, 3, 4), keepdim=True).sigmoid(),

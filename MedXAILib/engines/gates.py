@@ -45,7 +45,7 @@ class _Taken(Rule):
         if gate is not None:
             (features,) = (factor for factor in call.given if factor is not gate)
             if gate.shape[2:] == features.shape[2:] and features.shape[1] > 1 and _alike(gate):
-                self.taken.append((gate[:, :1].clone(), geometry_of(features)))
+                self.taken.append((gate[:, :1], geometry_of(features)))
         return call.plain()
 
 
