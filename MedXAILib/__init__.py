@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from MedXAILib.request import explain, recompute, tell
     from MedXAILib.run import Progress, Run
     from MedXAILib.similar_cases import Case, SimilarCases
-    from MedXAILib.target import ClassTarget, EmbeddingTarget, RegressionTarget, SegmentationTarget, Target
+    from MedXAILib.target import (
+        CaptionTarget,
+        ClassTarget,
+        EmbeddingTarget,
+        RegressionTarget,
+        SegmentationTarget,
+        Target,
+    )
+    from MedXAILib.textual.concept_sets import Examples
     from MedXAILib.trust.card import TrustCard, trust_card
     from MedXAILib.trust.judged import Judged
     from MedXAILib.volume import Volume, load_volume
@@ -46,7 +54,8 @@ _HOME = {
     "request": ["explain", "recompute", "tell"],
     "run": ["Progress", "Run"],
     "similar_cases": ["Case", "SimilarCases"],
-    "target": ["ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
+    "target": ["CaptionTarget", "ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
+    "textual.concept_sets": ["Examples"],
     "trust.card": ["TrustCard", "trust_card"],
     "trust.judged": ["Judged"],
     "volume": ["Volume", "load_volume"],

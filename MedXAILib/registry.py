@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Technique
+from MedXAILib.textual.rcv import RCV
 from MedXAILib.textual.semantic import Semantic
+from MedXAILib.textual.tcav import TCAV
 from MedXAILib.visual.attention import Attention
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
@@ -72,6 +74,8 @@ EXPLAINERS: dict[str, type[Technique]] = {
         PredictionDifference,
         MeaningfulPerturbation,
         CounterfactualInfill,
+        TCAV,
+        RCV,
         Semantic,
     )
 }
