@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ Point = tuple[float, float, float]
 class Word:
     """A word or phrase of a caption: characters `start` to `end` (not included).
 
-    `confidence` is 0 to 1, `map` the index of its map among those of the caption, `place` where it is seen, in RAS mm.
+    `confidence` is 0 to 1, `map` the index of its map among those of the caption, `place` where it is seen, in RAS mm,
+    and `numbers` what else is known of it by name (what deleting its map does, how far two maps agree ...).
     """
 
     text: str
@@ -32,6 +34,7 @@ class Word:
     confidence: float | None = None
     map: int | None = None
     place: Point | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,12 @@ from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.grid import from_4x4, resample, to_4x4
 from MedXAILib.region import Region, cut
 from MedXAILib.run import Precision, out_of_memory
+from MedXAILib.textual.generator import decoder, spoken
+from MedXAILib.textual.tokens import written
 from MedXAILib.volume import Volume
 from MedXAILib.window import Window
 
-Task = Literal["classification", "multilabel", "ordinal", "regression", "segmentation", "embedding"]
+Task = Literal["classification", "multilabel", "ordinal", "regression", "segmentation", "embedding", "captioning"]
 
 Source = str | Path | Callable[[], Any]
 """What `load_model` makes a model of."""
@@ -45,12 +47,13 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the network says: `scores` by class (probabilities, values for regression, mL for labels), and `labels`
-    for a segmentation, on the volume's own grid."""
+    """What the network says: `scores` by class (probabilities, values for regression, mL for labels), `labels` for a
+    segmentation, on the volume's own grid, and `text` for a caption."""
 
     output: Tensor
     scores: dict[str, float]
     labels: Volume | None = None
+    text: str = ""
 
 
 @dataclass(eq=False)
@@ -322,7 +325,9 @@ class Model:
         """What the network says about `volume` (see `prepare` for `region`)."""
         with self.ready() as device, torch.no_grad():
             prepared = self.prepare(volume, region)
-            output = self.forward(prepared.x[None].to(device, self.dtype)).float().cpu()
+            output = self.forward(prepared.x[None].to(device, self.dtype)).float()
+            text = self._text(output) if self.task == "captioning" else ""
+        output = output.cpu()
         if self.task == "segmentation":
             labels = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
             on_grid = Volume(
@@ -331,8 +336,14 @@ class Model:
             counts = on_grid.data.flatten().long().bincount(minlength=max(2, output.shape[1])).tolist()
             voxel_ml = math.prod(on_grid.spacing) / 1000
             return Prediction(output, {self.class_name(i): n * voxel_ml for i, n in enumerate(counts)}, on_grid)
+        if self.task == "captioning":
+            return Prediction(output, {}, text=text)
         values = self.probabilities(output)[0].flatten()
         return Prediction(output, {self.class_name(i): float(v) for i, v in enumerate(values)})
+
+    def _text(self, output: Tensor) -> str:
+        words = decoder(self.network, self.name)
+        return written(spoken(words, words.beam(output)[0]))[0]
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Scores (N, K, ...) as probabilities where the task has them; a single score becomes two classes."""

@@ -9,9 +9,11 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Technique
+from MedXAILib.textual.captioning import Captioning
 from MedXAILib.textual.rcv import RCV
 from MedXAILib.textual.semantic import Semantic
 from MedXAILib.textual.tcav import TCAV
+from MedXAILib.textual.visual_captioning import VisualCaptioning
 from MedXAILib.visual.attention import Attention
 from MedXAILib.visual.attention_relevance import AttentionRelevance
 from MedXAILib.visual.attention_rollout import AttentionRollout
@@ -74,6 +76,8 @@ EXPLAINERS: dict[str, type[Technique]] = {
         PredictionDifference,
         MeaningfulPerturbation,
         CounterfactualInfill,
+        Captioning,
+        VisualCaptioning,
         TCAV,
         RCV,
         Semantic,

@@ -313,9 +313,9 @@ def _of_target(chunks: list[tuple[Bound, int]]) -> dict[str, Any]:
     """One target over the chunks of a batch, each with its number of samples."""
     specs = [(b.target.spec(), count) for b, count in chunks]
     target = specs[0][0]
-    if any(s != target for s, _ in specs):
-        which = [w for s, n in specs for w in (s["which"] if isinstance(s["which"], tuple) else (s["which"],) * n)]
-        target = {**target, "which": which}
+    for key in [key for key in target if any(s[key] != target[key] for s, _ in specs)]:
+        each = [v for s, n in specs for v in (s[key] if isinstance(s[key], tuple) else (s[key],) * n)]
+        target = {**target, key: each}
     return {"target": target, "target_label": ", ".join(dict.fromkeys(b.label for b, _ in chunks))}
 
 

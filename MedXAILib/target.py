@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.model import Model, Prepared
+from MedXAILib.textual.generator import External, decoder, numbered, spoken
 from MedXAILib.volume import Volume
 from MedXAILib.within import mask_on
 
@@ -193,8 +194,61 @@ class EmbeddingTarget(Target):
         )
 
 
+@dataclass(frozen=True)
+class CaptionTarget(Target):
+    """How probable (log) a network finds its caption: all of it, or one `word` of it after those before it.
+
+    `word` is a word (of several alike the first) or its index in the caption, counted from 0 with punctuation marks.
+    `caption` is another text to say, one for each sample or one for all; the network's own when left out.
+    """
+
+    word: str | int | None = None
+    caption: str | Sequence[str] | None = None
+
+    def part(self, start: int, stop: int) -> Target:
+        if self.caption is None or isinstance(self.caption, str):
+            return self
+        return replace(self, caption=tuple(self.caption[start:stop]))
+
+    def bind(self, model: Model, output: Tensor, seen: Sequence[Prepared]) -> Bound:
+        if isinstance(model.network, External):
+            return Bound(self, lambda output: output[:, 0], "its report")
+        network = decoder(model.network, model.name)
+        given = (self.caption,) * len(output) if isinstance(self.caption, str) else self.caption
+        words = network.beam(output.detach()) if given is None else numbered(network, given).to(output.device)
+        captions = [spoken(network, row) for row in words]
+        at = torch.tensor([self._index(caption) for caption in captions], device=output.device)
+        next_word = functional.pad(words, (0, 1))
+        # The word that is asked about, or all of them and the end.
+        place = torch.arange(next_word.shape[1], device=output.device)
+        length = (words > 0).sum(1, keepdim=True)
+        counts = place <= length if self.word is None else place == at[:, None]
+
+        def value(output: Tensor) -> Tensor:
+            scores = network.log_probabilities(output, _tiled(words, len(output)))
+            of_next = scores.gather(2, _tiled(next_word, len(output))[..., None])[..., 0]
+            return of_next.where(_tiled(counts, len(output)), 0).sum(1)
+
+        texts = tuple(" ".join(caption) for caption in captions)
+        target = replace(self, caption=texts[0] if len(set(texts)) == 1 else texts)
+        said = texts if self.word is None else [c[i] for c, i in zip(captions, at.tolist(), strict=True)]
+        return Bound(target, value, ", ".join(f"“{text}”" for text in dict.fromkeys(said)))
+
+    def _index(self, caption: Sequence[str]) -> int:
+        if self.word is None:
+            return 0
+        if isinstance(self.word, str) and self.word.lower() in caption:
+            return caption.index(self.word.lower())
+        if isinstance(self.word, int) and 0 <= self.word < len(caption):
+            return self.word
+        raise MedXAIError(
+            f"There is no word '{self.word}' in the caption '{' '.join(caption)}': choose one of its words, or say the "
+            "caption that you mean, with CaptionTarget(word, caption)."
+        )
+
+
 _KINDS: dict[str, type[Target]] = {
-    kind.__name__: kind for kind in (ClassTarget, RegressionTarget, SegmentationTarget, EmbeddingTarget)
+    kind.__name__: kind for kind in (ClassTarget, RegressionTarget, SegmentationTarget, EmbeddingTarget, CaptionTarget)
 }
 
 
@@ -224,6 +278,8 @@ def as_target(target: Target | str | int | None, model: Model) -> Target:
         return RegressionTarget(*given)
     if model.task == "embedding":
         return EmbeddingTarget()
+    if model.task == "captioning":
+        return CaptionTarget(*given)
     return ClassTarget(*given)
 
 

@@ -11,7 +11,7 @@ from MedXAILib.engines.rules import multipliers
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question, Taxonomy, backpropagation
 from MedXAILib.rules.rollout import ATTENTION, ROLLOUT, Softmax
-from MedXAILib.target import SegmentationTarget
+from MedXAILib.target import CaptionTarget, SegmentationTarget
 
 
 class AttentionRollout(Explainer):
@@ -34,6 +34,8 @@ class AttentionRollout(Explainer):
             raise MedXAIError(
                 f"{self.title} starts at an output, and has none for a volume or Dice: use measure='logit'."
             )
+        if any(isinstance(t, CaptionTarget) for t in question.targets):
+            raise MedXAIError(f"{self.title} is not of words: ask visual_captioning where a network looks for each.")
         found = multipliers(question, question.x, ROLLOUT)
         if not {ATTENTION, Softmax.title} <= set(question.run.operators):
             raise MedXAIError(f"{question.model.name} has no attention: use gradcam.")
