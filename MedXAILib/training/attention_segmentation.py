@@ -112,5 +112,6 @@ RECIPE = Recipe(
     score="dice",
     publish=publish,
     epochs=12,
-    steps=25,
+    steps=40,
+    batch=20,
 )
