@@ -319,7 +319,7 @@ def measured(volume: Volume, segmentation: Volume) -> dict[str, float]:
     shape.Execute(mask)
     image = Volume(volume.data[:1], volume.affine).to_sitk()
     voxels = volume.data[0][inside[0]].double()
-    contour = sitk.GetArrayViewFromImage(sitk.LabelContour(mask)) > 0
+    contour = sitk.GetArrayFromImage(sitk.LabelContour(mask)) > 0
     found = (
         shape.GetPhysicalSize(1) / 1000,
         shape.GetFeretDiameter(1),
@@ -328,6 +328,6 @@ def measured(volume: Volume, segmentation: Volume) -> dict[str, float]:
         shape.GetRoundness(1),
         float(voxels.mean()),
         float(voxels.std(correction=0)),
-        float(sitk.GetArrayViewFromImage(sitk.GradientMagnitude(image))[contour].mean()),
+        float(sitk.GetArrayFromImage(sitk.GradientMagnitude(image))[contour].mean()),
     )
     return dict(zip(MEASURES, found, strict=True))
