@@ -19,6 +19,7 @@ import MedXAILib as mx
 from MedXAILib import resources
 from MedXAILib.networks.attention_classifier import AttentionClassifier
 from MedXAILib.networks.attention_gate import AttentionGate
+from MedXAILib.training import attention_classifier
 from MedXAILib.window import Window
 
 SHAPE = (28, 36, 44)
@@ -311,3 +312,17 @@ def test_a_batch_is_its_scans_and_the_network_is_as_before() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     for sample, one in zip(both, x, strict=True):
         torch.testing.assert_close(sample, attention(network, one), rtol=1e-4, atol=1e-7)
+
+
+# --- What we ship ----------------------------------------------------------------------------------------------------
+
+
+def test_training_begins_with_what_the_plain_network_sees() -> None:
+    x, seen = scan(1, 1, 40, 40, 40), []
+    networks = [attention_classifier.build(), mx.load_model(resources.path("Models/lung_nodule")).network]
+    for network in networks:
+        network.evidence.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+        network.eval()(x)
+    assert float(seen[0].max()) > 0.1
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(networks[0].attribute_head.scale, networks[1].attribute_head.scale)
