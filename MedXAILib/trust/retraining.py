@@ -35,7 +35,7 @@ def repeatability(judged: Judged) -> Finding:
         return _finding("repeatability", REPEATED, _EVEN, None, {})
     alike = mean(found)
     colour = light(alike, _SAME, _SIMILAR)
-    times = "another training" if len(found) == 1 else f"{len(found)} other trainings"
+    times = "Another training" if len(found) == 1 else f"{len(found)} other trainings"
     sentence = {
         "good": "give the same map: it is not the luck of one training",
         "fair": "give a map that is the same in part: do not read its details",
@@ -43,7 +43,7 @@ def repeatability(judged: Judged) -> Finding:
     }[colour]
     values = {"likeness": alike, "lowest": min(found), "highest": max(found)}
     return _finding(
-        "repeatability", REPEATED, f"The network after {times} would {sentence} ({alike:.2f} alike).", colour, values
+        "repeatability", REPEATED, f"{times} of the network would {sentence} ({alike:.2f} alike).", colour, values
     )
 
 
