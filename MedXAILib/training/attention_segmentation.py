@@ -114,4 +114,5 @@ RECIPE = Recipe(
     epochs=12,
     steps=40,
     batch=20,
+    learning_rate=6e-3,
 )
