@@ -31,7 +31,7 @@ _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0
 # Of METEOR's second version, which NLTK has.
 _ALPHA, _BETA, _GAMMA = 0.9, 3.0, 0.5
-_ENDINGS = ("ations", "ation", "ings", "ing", "ies", "ed", "es", "s", "ly")
+_ENDINGS = ("ations", "ation", "ings", "ing", "ies", "ed", "es", "s", "ly", "e")
 
 
 def wording(
@@ -127,9 +127,7 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
     total = 0.0
     for caption, several in zip(captions, references, strict=True):
         for reference in several:
-            # COCO counts bigrams for length.
-            apart = sum(_grams(caption, 2).values()) - sum(_grams(reference, 2).values())
-            penalty = math.exp(-(apart**2) / (2 * _CIDER_SIGMA**2))
+            penalty = math.exp(-((len(caption) - len(reference)) ** 2) / (2 * _CIDER_SIGMA**2))
             for n in range(1, _N + 1):
                 one, other = weighed(caption, n), weighed(reference, n)
                 norm = math.hypot(*one.values()) * math.hypot(*other.values())
