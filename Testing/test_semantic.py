@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -269,6 +270,26 @@ def test_map_of_a_finding_is_in_log_odds() -> None:
     assert torch.allclose(told.maps[1], -x[0] * 1000 / 64 / 100, rtol=1e-3)
 
 
+def test_it_speaks_against_what_the_reference_has_more_of() -> None:
+    x = torch.full((1, 4, 4, 4), 0.13)
+    x[0, 0, 0, 0] = 0.14
+    told = mx.tell(mx.Model(Own(), task="regression", class_names=("risk",)), x, "semantic")
+    # The score is 0.67 and that of the reference 1.5.
+    assert "That speaks against risk, because it is dark (-1.4), although it is of 130 HU (+0.6)." in told.text
+
+
+def test_nothing_is_seen_of_a_nodule_that_is_not_there() -> None:
+    model = lung()
+    network = SemanticLungNodule().eval()
+    network.load_state_dict(model.network.state_dict())
+    with torch.no_grad():
+        network.attribute_head.bias[0] = -20.0
+    told = mx.tell(replace(model, network=network), patch(), "semantic")
+    assert told.text.startswith("No nodule. That speaks ")
+    assert len(told.maps) == 0 and all(c.map is None for c in told.concepts)
+    assert len(mx.tell(model, patch(), "semantic").maps) > 1
+
+
 def test_decision_that_is_not_linear_says_so() -> None:
     x = patch()
     told = mx.tell(mx.Model(Own(linear=False), task="regression"), x, "semantic")
@@ -350,30 +371,49 @@ def test_the_decision_begins_with_the_rule() -> None:
     assert (weights["part_solid"] - weights["solid"]) / factor == pytest.approx(1.5, abs=0.7)
 
 
-def test_leakage_is_what_passes_beside_the_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_leakage_is_what_passes_beside_the_attributes(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that has the class in the voxels, and reads it through its attributes or past them."""
     patches = drawn()
-    found = semantic.measure(lung().network, patches)
-    assert found["leakage"] == 0 and found["without_accuracy"] == pytest.approx(1 / 3)
-    assert found["intervention_error"] < 1e-5
-    # A network that has the class in the voxels, and reads it past its attributes.
-    network = SemanticLungNodule(residual=True).eval()
-    monkeypatch.setattr(network, "features", lambda image: nn.functional.pad(image[:, 0, 0, 0, :3], (0, 125)))
     patches.images[:, 0, 0, 0, :3] = nn.functional.one_hot(patches.labels, 3).float()
-    with torch.no_grad():
-        network.residual_head.weight.zero_()
-        network.residual_head.weight[range(3), range(3)] = 100.0
+    network = SemanticLungNodule(residual=residual).eval()
+    monkeypatch.setattr(network, "features", lambda image: nn.functional.pad(image[:, 0, 0, 0, :3], (0, 125)))
     # It sees nothing at `evidence`, so where is not asked.
     monkeypatch.setattr(semantic.lung_nodule, "measure", lambda *_: {})
-    assert semantic.measure(network, patches)["leakage"] == pytest.approx(2 / 3)
+    network.class_head = semantic.build().class_head
+    with torch.no_grad():
+        network.attribute_head.weight.zero_()
+        network.attribute_head.bias.zero_()
+        network.attribute_head.offset[1] = 15.0
+        network.attribute_head.weight[0, :3] = torch.tensor([-20.0, 20.0, 20.0])
+        for name, sign in (("spiculation", 1), ("calcification", -1)):
+            network.attribute_head.weight[NAMES.index(name), :3] = sign * torch.tensor([0.0, -20.0, 20.0])
+        if residual:
+            network.residual_head.weight.zero_()
+            network.residual_head.weight[range(3), range(3)] = 100.0
+    found = semantic.measure(network, patches)
+    assert found["rounded_accuracy"] == 1 and found["nodule"] == 1
+    assert found["leakage"] == pytest.approx(2 / 3 if residual else 0)
+    assert found["intervention_error"] < 1e-4
 
 
-def test_loss_does_not_look_at_what_is_unknown() -> None:
+def test_loss_is_of_what_is_known() -> None:
     patches = drawn(12)
-    network = semantic.build().train()
+    network = semantic.build().eval()
     value = semantic.loss(network, patches)
     value.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
-    changed_where_none = patches.attributes.clone()
-    changed_where_none[patches.labels == 0] = 17.0
-    again = semantic.loss(network, replace(patches, attributes=changed_where_none))
-    assert again.item() == pytest.approx(value.item())
+    with torch.no_grad():
+        said = network.degrees(network.attribute_head(network.features(patches.images)))
+        logits = network(patches.images)
+    true = semantic.true_attributes(patches.attributes, patches.labels)
+    findings, diameters = [], []
+    for row, known in zip(said.tolist(), true.tolist(), strict=True):
+        for name, p, t in zip(NAMES, row, known, strict=True):
+            if name == "diameter":
+                diameters += [] if math.isnan(t) else [((p - t) / network.class_head.scale[1].item()) ** 2]
+            elif not math.isnan(t):
+                findings.append(-math.log(p if t else 1 - p))
+    expected = sum(findings) / len(findings) + sum(diameters) / len(diameters)
+    decision = nn.functional.cross_entropy(logits, patches.labels).item()
+    assert value.item() == pytest.approx(decision + 3 * expected, rel=1e-4)
