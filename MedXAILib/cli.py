@@ -514,13 +514,16 @@ def _tell(found: Explanation, out: Path) -> None:
 
 def _concepts(found: ConceptScores) -> Table:
     names = list(dict.fromkeys(name for concept in found.concepts for name in concept.numbers))
-    table = Table("concept", "layer", "in this scan", _shown(found.scored), *map(_shown, names), box=box.SIMPLE)
+    layered = len({concept.layer for concept in found.concepts}) > 1
+    heads = ["concept", *["layer"] * layered, "in this scan", found.scored, *names]
+    table = Table(*map(_shown, heads), box=box.SIMPLE)
     for concept in found.concepts:
         value = "" if concept.value is None else f"{concept.value:.3g} {concept.unit}"
         interval = "" if concept.interval is None else f" ± {concept.interval:.2f}"
         score = concept.refused if concept.score is None else f"{concept.score:+.2f}{interval}"
         numbers = (f"{concept.numbers[name]:.3g}" if name in concept.numbers else "" for name in names)
-        table.add_row(*map(_shown, (concept.name, concept.layer, value, score)), *numbers)
+        cells = [concept.name, *[concept.layer] * layered, value, score]
+        table.add_row(*map(_shown, cells), *numbers)
     return table
 
 

@@ -87,7 +87,7 @@ def _caption(told: Caption) -> str:
 def _concepts(told: ConceptScores) -> str:
     names = list(dict.fromkeys(name for concept in told.concepts for name in concept.numbers))
     valued = any(concept.value is not None for concept in told.concepts)
-    layered = any(concept.layer for concept in told.concepts)
+    layered = len({concept.layer for concept in told.concepts}) > 1
     heads = ["concept", *["layer"] * layered, *["in this scan"] * valued, told.scored, "", *names]
     most = max((abs(c.score) + (c.interval or 0) for c in told.concepts if c.score is not None), default=0) or 1
     rows = "".join(_row(concept, names, valued, layered, most) for concept in told.concepts)
@@ -161,7 +161,7 @@ def _reading(told: Told, pictured: bool) -> str:
 _STYLE = """
 .told { font-size: 1.2rem; line-height: 1.6; } .seen { border-bottom: 2px solid #b45309; }
 .unsure { font-style: italic; color: var(--faint); } .refused { color: var(--faint); }
-.wide { overflow-x: auto; } .head td { color: var(--faint); font-size: .85rem; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide .refused { white-space: normal; } .head td { color: var(--faint); font-size: .85rem; }
 .axis { position: relative; display: block; width: 14rem; height: .8rem; margin-top: .35rem;
         background: linear-gradient(var(--line), var(--line)) center / 1px 100% no-repeat; }
 .axis span { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
