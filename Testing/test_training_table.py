@@ -26,7 +26,7 @@ from MedXAILib.model import Model
 from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
 from MedXAILib.training import RECIPES, lung_nodule, train
 from MedXAILib.training.bundle import Grid
-from MedXAILib.training.table import Patches, augmented, read_table
+from MedXAILib.training.table import Patches, augmented, fingerprint, read_table
 
 GRID = Grid(24, 2.0)
 NAMES = ("clear", "kind", "wicked")
@@ -192,6 +192,14 @@ def test_patches_of_the_training_are_moved_and_flipped_with_their_masks_and_labe
     assert len(flips) == 6
     assert {corner for _, corner in corners} == set(range(9))
     assert len(augmented(patches, 30, 0)) == 5
+
+
+def test_data_that_differ_in_anything_are_told_apart() -> None:
+    one = Patches(torch.rand(2, 1, 24, 24, 24), torch.zeros(2), torch.rand(2, 1), torch.zeros(2, 1).bool(), ["a", "b"])
+    others = [replace(one, **{name: getattr(one, name) + 1}) for name in ("images", "labels", "attributes")]
+    others += [replace(one, masks=None), replace(one, masks=~one.masks), replace(one, reports=["a", ""])]
+    found = {fingerprint({"train": one, "test": other}) for other in (one, *others)}
+    assert len(found) == 7 and fingerprint({"train": one, "test": one}) in found
 
 
 def test_nothing_is_learnt_of_attributes_that_are_unknown() -> None:

@@ -23,7 +23,7 @@ from MedXAILib.training import (
     mil,
     semantic,
 )
-from MedXAILib.training.table import Table
+from MedXAILib.training.table import Table, fingerprint
 from MedXAILib.training.trainer import Recipe, fit
 
 RECIPES: dict[str, Recipe] = {
@@ -100,7 +100,7 @@ def _learnt_from_lung(recipe: Recipe, checkpoint: Path, run: Run) -> tuple[nn.Mo
 def _learnt_from_table(recipe: Recipe, table: Table, checkpoint: Path, run: Run) -> tuple[nn.Module, dict[str, float]]:
     began = time.monotonic()
     patches = table.read(run)
-    source = f"{table.path.name} {table.fingerprint(patches)}"
+    source = f"{table.path.name} {fingerprint(patches)}"
     network = fit(recipe, patches["train"], checkpoint, run, patches["validation"], source)
     seconds = round(time.monotonic() - began)
     return network, recipe.measure(network, patches["test"]) | {"seconds": seconds}

@@ -147,23 +147,24 @@ class Table:
         size = moved if case.split == "train" else self.grid.size
         return Prepared(*cut(whole.x, whole.affine, region, (size,) * 3))
 
-    def fingerprint(self, patches: Mapping[str, Patches]) -> str:
-        """A hash of all that is learnt from, and of what it is tested on."""
-        digest = hashlib.sha256(repr((self.classes, self.attributes, self.grid)).encode())
-        for part in patches.values():
-            digest.update(repr(part.reports).encode())
-            for tensor in (part.images, part.labels, part.attributes, part.masks):
-                digest.update(b"" if tensor is None else tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
     def by_name(self, guessed: Tensor, told: Tensor, patches: Patches) -> dict[str, float]:
         """The share of each class that `guessed` (N,) recognises, and the mean absolute error of the attributes `told`
-        (N, K), of those that are there."""
+        (N, K); NaN where there are none."""
         right = guessed == patches.labels
         found = {f"recall: {name}": right[patches.labels == i] for i, name in enumerate(self.classes)}
         wrong = (told - patches.attributes).abs().T
         found |= {f"error: {name}": one[~one.isnan()] for name, one in zip(self.attributes, wrong, strict=True)}
-        return {name: float(values.float().mean()) for name, values in found.items() if len(values)}
+        return {name: float(values.float().mean()) for name, values in found.items()}
+
+
+def fingerprint(patches: Mapping[str, Patches]) -> str:
+    """A hash of all that is learnt from, and of what it is tested on."""
+    digest = hashlib.sha256()
+    for part in patches.values():
+        digest.update(repr(part.reports).encode())
+        for tensor in (part.images, part.labels, part.attributes, part.masks):
+            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 _Part = tuple[Case, Tensor, Tensor | None]
