@@ -161,7 +161,8 @@ def _reading(told: Told, pictured: bool) -> str:
 _STYLE = """
 .told { font-size: 1.2rem; line-height: 1.6; } .seen { border-bottom: 2px solid #b45309; }
 .unsure { font-style: italic; color: var(--faint); } .refused { color: var(--faint); }
-.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide .refused { white-space: normal; } .head td { color: var(--faint); font-size: .85rem; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide .refused { white-space: normal; }
+.head td { color: var(--faint); font-size: .85rem; }
 .axis { position: relative; display: block; width: 14rem; height: .8rem; margin-top: .35rem;
         background: linear-gradient(var(--line), var(--line)) center / 1px 100% no-repeat; }
 .axis span { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
