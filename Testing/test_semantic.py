@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
@@ -18,7 +18,8 @@ from MedXAILib.networks.semantic import ATTRIBUTES, Attribute, Degrees, Semantic
 from MedXAILib.report.localisation import peak
 from MedXAILib.synthetic.lung_nodules import CLASSES, Nodules, rule_logit
 from MedXAILib.textual.attribute_sentence import because, described
-from MedXAILib.textual.semantic import REST, changed, intervened
+from MedXAILib.textual.intervention import changed, intervened
+from MedXAILib.textual.semantic import REST
 from MedXAILib.training import semantic
 
 NAMES = [a.name for a in ATTRIBUTES]
@@ -102,7 +103,7 @@ def test_the_numbers_alone_know_every_intervention(residual: bool) -> None:
         told = mx.tell(model, x, "semantic", **known)
         values = {c.name: c.numbers["predicted"] for c in told.concepts[:-1]}
         for changes in ({}, {"spiculation": 0.0}, {"nodule": 0.0, "diameter": 30.0}):
-            found = intervened(told.concepts, changes)
+            found = intervened([*map(asdict, told.concepts)], changes)
             expected = decided(model, x, {**values, **changes})
             assert list(found) == list(CLASSES)
             assert torch.allclose(torch.tensor(list(found.values())), expected, atol=1e-5)
@@ -134,7 +135,7 @@ def test_findings_of_one_scale_share_what_is_left() -> None:
     assert [c.value for c in told.concepts[2:5]] == [0.0, 1.0, 0.0]
     values = {c.name: c.numbers["predicted"] for c in told.concepts[:-1]}
     expected = decided(model, x, {**values, "solid": 0.0, "part_solid": 1.0, "ground_glass": 0.0})
-    found = intervened(told.concepts, {"part_solid": 1.0})
+    found = intervened([*map(asdict, told.concepts)], {"part_solid": 1.0})
     assert torch.allclose(torch.tensor(list(found.values())), expected, atol=1e-5)
 
 
@@ -176,6 +177,11 @@ def test_reasons_are_the_larger_shares_and_their_opposites() -> None:
     against = because(ATTRIBUTES, NODULE, {name: -share for name, share in shares.items()})
     assert against == ", because it is spiculated (-2.9) and not calcified (-0.4), although it is of 14 mm (+1.2)"
     assert because(ATTRIBUTES, NODULE, dict.fromkeys(NAMES, 0.0)) == ""
+    # What a scale says it says once: part-solid, and so neither solid nor ground-glass.
+    scale = dict.fromkeys(NAMES, 0.0) | {"solid": 0.5, "part_solid": 1.0, "ground_glass": -0.2}
+    unsure = {**NODULE, "solid": 0.3, "part_solid": 0.4, "ground_glass": 0.3}
+    for values in (NODULE, unsure):
+        assert because(ATTRIBUTES, values, scale) == ", because it is part-solid (+1.3)"
     absent = because(ATTRIBUTES, {**NODULE, "nodule": 0.1}, {**shares, "nodule": 3.0})
     assert absent == ", because it is no nodule (+3.0)"
 
@@ -199,7 +205,7 @@ def test_what_cannot_be_is_refused(known: dict[str, object], match: str) -> None
 def test_unknown_attribute_of_the_numbers_is_refused() -> None:
     told = mx.tell(lung(), patch(), "semantic")
     with pytest.raises(MedXAIError, match="did you mean lobulation"):
-        intervened(told.concepts, {"lobulaton": 1.0})
+        intervened([*map(asdict, told.concepts)], {"lobulaton": 1.0})
 
 
 def test_network_without_attributes_is_refused() -> None:
@@ -324,7 +330,7 @@ def test_binary_network_with_one_score_is_its_second_class() -> None:
     told = mx.tell(mx.Model(Own(), task="classification", class_names=("benign", "malignant")), x, "semantic")
     with torch.no_grad():
         score = float(Own()(x[None]))
-    assert intervened(told.concepts, {}) == pytest.approx({"malignant": score})
+    assert intervened([*map(asdict, told.concepts)], {}) == pytest.approx({"malignant": score})
     assert told.text.endswith("The network says benign 0%, malignant 100%.")
 
 

@@ -20,12 +20,10 @@ def described(attributes: Sequence[Attribute], values: Mapping[str, float]) -> s
     doubt = "possibly " if 1 - _SURE < value < _SURE else ""
     if noun and value <= THERE:
         return _capital(doubt + predicate(noun, value))
-    # Of a scale the likeliest is said; that it is not the others goes without saying.
-    likeliest = {a.scale: a.name for a in sorted(attributes, key=lambda a: values[a.name]) if a.scale}
+    told = _told(attributes, values)
 
     def said(role: str) -> list[str]:
-        told = [a for a in attributes if a.role == role and likeliest.get(a.scale, a.name) == a.name]
-        return [_hedged(a, values[a.name], bool(a.scale)) for a in told]
+        return [_hedged(a, values[a.name]) for a in told if a.role == role]
 
     thing = " ".join(filter(None, [", ".join(said("before")), noun.yes if noun else "finding"]))
     sized = " ".join(filter(None, [f"{doubt}{_article(thing)} {thing}", " and ".join(said("of"))]))
@@ -39,13 +37,14 @@ def because(attributes: Sequence[Attribute], values: Mapping[str, float], shares
     """
     noun = _noun(attributes)
     # Nothing can be said of a nodule that is not there.
-    told = [noun] if noun and values[noun.name] <= THERE else attributes
-    largest = max(abs(shares[a.name]) for a in told)
-    worth = [a for a in told if shares[a.name] and abs(shares[a.name]) >= _WORTH * largest]
-    worth.sort(key=lambda a: -abs(shares[a.name]))
+    told = [noun] if noun and values[noun.name] <= THERE else _told(attributes, values)
+    parts = [(sum(shares[b.name] for b in attributes if b == a or (a.scale and b.scale == a.scale)), a) for a in told]
+    largest = max(abs(share) for share, _ in parts)
     sides: dict[bool, list[str]] = {True: [], False: []}
-    for a in worth:
-        sides[shares[a.name] > 0].append(f"{predicate(a, values[a.name])} ({shares[a.name]:+.1f})")
+    for share, a in sorted(parts, key=lambda part: -abs(part[0])):
+        if share and abs(share) >= _WORTH * largest:
+            said = a.yes if a.scale else predicate(a, values[a.name])
+            sides[share > 0].append(f"{said} ({share:+.1f})")
     favour = sum(shares.values()) > 0
     return "".join(
         f", {word} it is {listed(sides[side][:_MOST])}"
@@ -69,9 +68,14 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def _hedged(attribute: Attribute, value: float, alone: bool) -> str:
-    """The predicate with its doubt; the likeliest of a scale `alone` is said whatever its probability."""
-    if attribute.unit or value >= _SURE or (value <= 1 - _SURE and not alone):
+def _told(attributes: Sequence[Attribute], values: Mapping[str, float]) -> list[Attribute]:
+    """All but those of a scale that are not its likeliest: that it is not those goes without saying."""
+    likeliest = {a.scale: a for a in sorted(attributes, key=lambda a: values[a.name]) if a.scale}
+    return [a for a in attributes if likeliest.get(a.scale, a) == a]
+
+
+def _hedged(attribute: Attribute, value: float) -> str:
+    if attribute.unit or value >= _SURE or (value <= 1 - _SURE and not attribute.scale):
         return predicate(attribute, value)
     return f"possibly {attribute.yes}"
 
