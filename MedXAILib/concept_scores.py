@@ -26,6 +26,9 @@ class Concept:
     confidence interval; without a score, `refused` says why there is none. `value` is what is measured or predicted of
     it in this scan, in `unit`. `layer` is where in the network it was looked for, `map` the index of its map among
     those of the explanation, and `numbers` has what else is known of it by name (accuracy, p, q, R² ...).
+
+    Where the decision follows from the concepts alone, `weights` is by how much one unit of it moves the score of each
+    class (of what has no value: what it is itself), and of those that share a `scale` one is there and no other.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Concept:
     map: int | None = None
     refused: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    scale: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,7 @@ def _check(concept: Concept, maps: int) -> None:
         raise MedXAIError(f"The concept '{concept.name}' has map {concept.map}, and there are {maps}: count from 0.")
     if concept.score is None and not concept.refused:
         raise MedXAIError(f"The concept '{concept.name}' has no score: say why in `refused`.")
-    for name, value in (("score", concept.score), ("value", concept.value), *concept.numbers.items()):
+    weights = ((f"weight for {of}", weight) for of, weight in concept.weights.items())
+    for name, value in (("score", concept.score), ("value", concept.value), *concept.numbers.items(), *weights):
         if value is not None and not math.isfinite(value):
             raise MedXAIError(f"The {name} of the concept '{concept.name}' is {value}: give a finite number or None.")

@@ -24,6 +24,7 @@ from MedXAILib.explanation import Explanation
 from MedXAILib.grid import resample
 from MedXAILib.networks.semantic import Attribute
 from MedXAILib.textual.attribute_sentence import THERE, because, described, listed, predicate
+from MedXAILib.textual.intervention import changed
 from MedXAILib.visual.cam_family import spatial
 from MedXAILib.volume import Volume
 
@@ -34,8 +35,6 @@ _CERTAIN = 1e-7
 """A probability this near to 0 or 1 has no log-odds that float32 could tell apart."""
 _LINEAR = 1e-3
 """A sum of shares may miss the score by this part of it; beyond, the decision is not linear in the attributes."""
-_SCALE, _WEIGHT, _SCORE = "scale", "weight for ", "score of "
-"""What the numbers of a concept are called: to know these is to know every decision of the network on this scan."""
 
 
 @runtime_checkable
@@ -98,7 +97,8 @@ class Semantic(Teller):
         now, then, plain = (_decided(question, network, v) for v in (values, predicted, reference))
         shares = {n: float(w) * (values[n] - reference[n]) for n, w in zip(names, now.weights[0], strict=True)}
         missed = abs(now.value - plain.value - sum(shares.values())) / max(abs(now.value - plain.value), 1e-6)
-        if missed > _LINEAR:
+        linear = missed <= _LINEAR
+        if not linear:
             question.run.note(f"The decision is not linear in the attributes: the shares miss {missed:.0%} of it.")
         concepts = [
             Concept(
@@ -112,14 +112,14 @@ class Semantic(Teller):
                     "weight": float(now.weights[0, k]),
                     "reference": reference[a.name],
                     "predicted": predicted[a.name],
-                    _SCALE: float(sorted({"", *scales.values()}).index(a.scale)),
-                    **{_WEIGHT + of: float(w) for of, w in zip(now.scores, now.weights[1:, k], strict=True)},
                 },
+                weights=dict(zip(now.scores, now.weights[1:, k].tolist(), strict=True)) if linear else {},
+                scale=a.scale,
             )
             for k, a in enumerate(attributes)
         ]
-        at_reference = {_SCORE + of: score for of, score in plain.scores.items()}
-        concepts.append(Concept(REST, plain.value, layer=network.attribute_layer, numbers=at_reference))
+        rest = plain.scores if linear else {}
+        concepts.append(Concept(REST, plain.value, layer=network.attribute_layer, weights=rest))
         side = "for" if sum(shares.values()) > 0 else "against"
         why = f"{side} {target.label}{because(attributes, values, shares)}"
         text = f"{described(attributes, predicted)}. That speaks {why}. The network says {now.said}."
@@ -138,39 +138,6 @@ class Semantic(Teller):
             maps=resample(maps, question.seen[0].affine, volume.shape, volume.affine),
             affine=volume.affine,
         )
-
-
-def intervened(concepts: Sequence[Concept], changes: Mapping[str, float]) -> dict[str, float]:
-    """The network's scores by class, were attributes other than the network takes them to be: no network is needed.
-
-    `concepts` are those of an answer of `semantic`, `changes` new values of some by name.
-
-    Raises:
-        MedXAIError: for an attribute that there is not, naming the nearest.
-    """
-    *named, rest = concepts
-    predicted = {c.name: c.numbers["predicted"] for c in named}
-    for name in changes:
-        if name not in predicted:
-            raise unknown("attribute", name, predicted)
-    values = changed(predicted, {c.name: c.numbers[_SCALE] for c in named}, changes)
-    scores = {key.removeprefix(_SCORE): score for key, score in rest.numbers.items()}
-    return {
-        of: score + sum(c.numbers[_WEIGHT + of] * (values[c.name] - c.numbers["reference"]) for c in named)
-        for of, score in scores.items()
-    }
-
-
-def changed(values: Mapping[str, float], scales: Mapping[str, Any], changes: Mapping[str, float]) -> dict[str, float]:
-    """`values` with `changes`; findings that share a scale (by name, falsy: none) share what a change leaves of it."""
-    new = {**values, **changes}
-    for scale in {scales[name] for name in changes if scales[name]}:
-        others = [name for name in values if scales[name] == scale and name not in changes]
-        left = max(0.0, 1 - sum(changes[name] for name in changes if scales[name] == scale))
-        was = sum(values[name] for name in others)
-        for name in others:
-            new[name] = left * (values[name] / was if was > 0 else 1 / len(others))
-    return new
 
 
 def parsed(changes: Sequence[str], attributes: Sequence[Attribute]) -> dict[str, float]:
