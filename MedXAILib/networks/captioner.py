@@ -85,21 +85,7 @@ class Captioner(nn.Module):
         self, features: Tensor, words: Tensor, findings: Tensor | float = 1.0
     ) -> tuple[Tensor, Attention | None]:
         """`log_probabilities`, and where each of the T + 1 words looks; None of a network without attention."""
-        hidden, sentinel = self._read(features, words)
-        if not self.attention:
-            return self.speak(hidden).log_softmax(2), None
-        flat = features.flatten(2).mT
-        query = self.query(hidden)
-        scores = torch.cat([query @ self.key(flat).mT, (query * self.sentinel_key(sentinel)).sum(2, keepdim=True)], 2)
-        share = (scores / query.shape[2] ** 0.5).softmax(2)
-        places, beta = share[..., :-1], share[..., -1:]
-        seen = places @ flat
-        second = torch.as_tensor(findings, device=hidden.device).reshape(-1, 1, 1) * self._tokens(features, hidden)
-        state = hidden + self.value(seen) + beta * sentinel + second
-        grid = places.reshape(*places.shape[:2], *features.shape[2:])
-        # What is seen as if nothing had gone to the sentinel.
-        looked = Attention(grid, beta[..., 0], seen / places.sum(2, keepdim=True).clamp_min(1e-6))
-        return self.speak(state).log_softmax(2), looked
+        return self._look(features, *self._read(features, words), findings)
 
     def finding_scores(self, features: Tensor) -> dict[str, Tensor]:
         """Logits (N, values) of each finding, from the patch as a whole."""
@@ -123,7 +109,8 @@ class Captioner(nn.Module):
         only_end = torch.full((choices,), -torch.inf, device=features.device)
         only_end[END] = 0
         while words.shape[1] < longest and not bool(over.all()):
-            after = self.log_probabilities(kept, words)[:, -1].reshape(count, width, choices)
+            hidden, sentinel = self._read(kept, words)
+            after = self._look(kept, hidden[:, -1:], sentinel[:, -1:])[0].reshape(count, width, choices)
             after = torch.where(over[..., None], only_end, after)
             score, best = (score[..., None] + after).flatten(1).topk(width, dim=1)
             parent, word = best // choices, best % choices
@@ -146,6 +133,25 @@ class Captioner(nn.Module):
             if self.attention:
                 sentinels.append(self.gate(torch.cat([word, before], 1)).sigmoid() * c.tanh())
         return torch.stack(states, 1), torch.stack(sentinels or states, 1)
+
+    def _look(
+        self, features: Tensor, hidden: Tensor, sentinel: Tensor, findings: Tensor | float = 1.0
+    ) -> tuple[Tensor, Attention | None]:
+        """From what `_read` gives to what `attended` does."""
+        if not self.attention:
+            return self.speak(hidden).log_softmax(2), None
+        flat = features.flatten(2).mT
+        query = self.query(hidden)
+        scores = torch.cat([query @ self.key(flat).mT, (query * self.sentinel_key(sentinel)).sum(2, keepdim=True)], 2)
+        share = (scores / query.shape[2] ** 0.5).softmax(2)
+        places, beta = share[..., :-1], share[..., -1:]
+        seen = places @ flat
+        second = torch.as_tensor(findings, device=hidden.device).reshape(-1, 1, 1) * self._tokens(features, hidden)
+        state = hidden + self.value(seen) + beta * sentinel + second
+        grid = places.reshape(*places.shape[:2], *features.shape[2:])
+        # What is seen as if nothing had gone to the sentinel.
+        looked = Attention(grid, beta[..., 0], seen / places.sum(2, keepdim=True).clamp_min(1e-6))
+        return self.speak(state).log_softmax(2), looked
 
     def _tokens(self, features: Tensor, hidden: Tensor) -> Tensor:
         """What the second look sees: of each finding a token, by how probable its values are."""

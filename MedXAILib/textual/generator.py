@@ -26,7 +26,9 @@ class Decoder(Protocol):
     where it looks for each word.
     """
 
-    vocabulary: Sequence[str]
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The words that it knows."""
 
     def log_probabilities(self, features: Tensor, words: Tensor) -> Tensor:
         """The log-probability of each word, 0 first, after each of `words` (N, T) up to there: (N, T + 1, V + 1)."""

@@ -17,7 +17,6 @@ from MedXAILib.networks.captioner import END, Captioner
 from MedXAILib.synthetic.lung_nodules import SIZE, Backgrounds, Nodules
 from MedXAILib.synthetic.sentences import (
     FINDINGS,
-    NONE,
     WORDINGS,
     Facts,
     facts_of,
@@ -26,6 +25,7 @@ from MedXAILib.synthetic.sentences import (
     sentence,
     vocabulary,
 )
+from MedXAILib.textual.generator import BEAMS, spoken
 from MedXAILib.training.bundle import write_bundle
 from MedXAILib.training.trainer import Recipe
 from MedXAILib.trust.wording import wording
@@ -36,7 +36,8 @@ _WITHOUT_FINDINGS = 0.5
 """The share of patches of which the words have to be told from the image alone."""
 _AT_ONCE = 2
 """The wordings of a patch that are learnt from in one step."""
-_BEAM = 3
+
+Sentence = tuple[list[str], list[str | None]]
 
 
 def build(attention: bool, word_vectors: Path | None = None) -> Captioner:
@@ -92,7 +93,7 @@ class Said:
     real: Tensor
 
     @classmethod
-    def of(cls, sentences: list[tuple[list[str], list[str | None]]], known: tuple[str, ...]) -> Said:
+    def of(cls, sentences: list[Sentence], known: tuple[str, ...]) -> Said:
         """Of sentences as `sentence` makes them, in a vocabulary."""
         number = {word: i + 1 for i, word in enumerate(known)}
         code: dict[str | None, int] = {None: -2, "": -1}
@@ -156,71 +157,68 @@ def measure(network: Captioner, patches: Nodules) -> dict[str, float]:
     of those that state nothing.
     """
     facts = [facts_of(attributes) for attributes in patches.attributes]
-    captions, parts = [], []
-    for start in range(0, len(patches), 50):
-        images = patches.images[start : start + 50].to(network.words.weight.device)
+    captions: list[list[str]] = []
+    looks: dict[str, list[float]] = {}
+    for images, masks in zip(patches.images.split(50), patches.masks[:, 0].split(50), strict=True):
         with torch.no_grad():
-            features = network(images)
-        words = network.beam(features, _BEAM)
-        mask = patches.masks[start : start + 50, 0]
-        for i, row in enumerate(words.tolist()):
-            captions.append([network.vocabulary[word - 1] for word in row if word != END])
-            # Where a word should look is known of our own wordings only, and of a nodule that is there.
-            told = _recognised(captions[-1])
-            if told is not None and mask[i].any() and read(captions[-1]) != NONE:
-                parts.append(_looks(network, features[i : i + 1], told, mask[i]))
-    found = wording(captions, [references(f) for f in facts], read)
-    return found | {name: mean(value) for name, value in _joined(parts).items() if value}
+            features = network(images.to(network.words.weight.device))
+        said = [spoken(network, row) for row in network.beam(features, BEAMS)]
+        # Where a word should look is known of our own wordings only, and of a nodule that is there.
+        told = {i: made for i, words in enumerate(said) if masks[i].any() and (made := _recognised(words)) is not None}
+        if told:
+            rows = list(told)
+            for name, values in _looks(network, features[rows], list(told.values()), masks[rows]).items():
+                looks[name] = looks.get(name, []) + values
+        captions += said
+    return wording(captions, [references(f) for f in facts], read) | {
+        name: mean(value) for name, value in looks.items()
+    }
 
 
-def _recognised(words: list[str]) -> tuple[list[str], list[str | None]] | None:
+def _recognised(words: list[str]) -> Sentence | None:
+    """The sentence about a nodule that these words are, if it is one of ours."""
     facts = read(words)
-    if facts != NONE and len(facts) < len(FINDINGS):
+    if len(facts) < len(FINDINGS):
         return None
     return next((made for w in range(WORDINGS) if (made := sentence(facts, w))[0] == words), None)
 
 
-def _looks(
-    network: Captioner, features: Tensor, told: tuple[list[str], list[str | None]], mask: Tensor
-) -> dict[str, list[float]]:
-    """Where the words of the caption of one patch look: 1 where a map peaks in the mask (D, H, W) and 0 where not, and
+def _looks(network: Captioner, features: Tensor, told: list[Sentence], masks: Tensor) -> dict[str, list[float]]:
+    """Where the words of captions look: 1 where a map peaks in the mask of its patch (M, D, H, W) and 0 where not, and
     the share of the sentinel."""
-    said = Said.of([told], network.vocabulary).to(features.device)
+    said = Said.of(told, network.vocabulary).to(features.device)
+    stated = said.finding[:, :-1] >= 0
     features = features.detach().requires_grad_()
     with torch.enable_grad():
         scores, attention = network.attended(features, said.words)
-    stated = said.finding[0, :-1] >= 0
-    functions = said.finding[0, :-1] == -1
     maps = []
-    for t in stated.nonzero()[:, 0].tolist():
-        (gradient,) = torch.autograd.grad(scores[0, t, said.words[0, t]], features, retain_graph=True)
+    for t in range(said.words.shape[1]):
+        value = scores[:, t].gather(1, said.words[:, t, None]).sum()
+        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
         maps.append((gradient * features).sum(1).detach())
-    found = {"gradient_pointing": _hits(torch.cat(maps), mask)}
+    found = {"gradient_pointing": _hits(torch.stack(maps, 1), stated, masks)}
     if attention is not None:
-        places, sentinel = attention.grid[0, :-1].detach(), attention.sentinel[0, :-1].detach()
-        found["pointing"] = _hits(places[stated], mask)
-        found["sentinel_finding"] = sentinel[stated].tolist()
-        found["sentinel_function"] = sentinel[functions].tolist()
+        sentinel = attention.sentinel.detach()
+        found["pointing"] = _hits(attention.grid[:, :-1].detach(), stated, masks)
+        found["sentinel_finding"] = sentinel[:, :-1][stated].tolist()
+        found["sentinel_function"] = sentinel[(said.finding == -1) & said.real].tolist()
     return found
 
 
-def _hits(maps: Tensor, mask: Tensor) -> list[float]:
-    """1 where a map (K, *grid) peaks in the mask (D, H, W)."""
+def _hits(maps: Tensor, stated: Tensor, masks: Tensor) -> list[float]:
+    """1 where a map of (M, T, *grid), of the words `stated` (M, T), peaks in the mask of its patch (M, D, H, W)."""
     # Without aligned corners unit i lands on voxel 4 i + 1.5, the middle of what it looks at.
-    fine = F.interpolate(maps[:, None], size=(SIZE,) * 3, mode="trilinear").flatten(1)
-    return mask.flatten()[fine.argmax(1).cpu()].float().tolist()
-
-
-def _joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    return {name: [value for part in parts for value in part[name]] for name in (parts[0] if parts else {})}
+    fine = F.interpolate(maps[stated][:, None], size=(SIZE,) * 3, mode="trilinear").flatten(1)
+    of_patch = masks.flatten(1)[stated.nonzero()[:, 0].cpu()]
+    return of_patch.gather(1, fine.argmax(1, keepdim=True).cpu())[:, 0].float().tolist()
 
 
 @torch.no_grad()
 def real(network: Captioner, scan: Backgrounds) -> dict[str, float]:
     """Whether the caption of the scan's own lesion says that there is a nodule (1 or 0), and how many findings it
     states."""
-    words = network.beam(network(scan.lesion_patch()[0].to(network.words.weight.device)), _BEAM)[0]
-    facts = read([network.vocabulary[word - 1] for word in words.tolist() if word != END])
+    words = network.beam(network(scan.lesion_patch()[0].to(network.words.weight.device)), BEAMS)[0]
+    facts = read(spoken(network, words))
     return {"nodule": float(facts.get("nodule") == "present"), "stated": float(len(facts))}
 
 
@@ -371,7 +369,7 @@ def _recipe(attention: bool) -> Recipe:
         steps=90,
         batch=15,
         learning_rate=4e-3,
-        validation=150,
+        validation=90,
     )
 
 
