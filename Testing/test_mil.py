@@ -55,14 +55,15 @@ def other() -> Backgrounds:
     return Backgrounds.test()
 
 
+@torch.no_grad()
 def test_noisy_or_is_one_less_the_product() -> None:
-    scores, here = 2 * drawn(3, 2, 4, 3, 5), drawn(3, 1, 4, 3, 5, seed=4) > 0
-    logits = NoisyOr().pooled(NoisyOr()(scores, scores, here).sum((2, 3, 4)))
-    p = 1 / (1 + np.exp(-scores.double().numpy()))
+    scores, here, pooling = 2 * drawn(3, 2, 4, 3, 5), drawn(3, 1, 4, 3, 5, seed=4) > 0, NoisyOr()
+    logits = pooling.pooled(pooling(scores, scores, here).sum((2, 3, 4)))
+    p = 1 / (1 + np.exp(float(pooling.rare) - scores.double().numpy()))
     none = np.where(here.numpy(), 1 - p, 1).prod((2, 3, 4))
     np.testing.assert_allclose(logits, np.log((1 - none) / none), rtol=1e-4)
     # Hardly anything, and hardly any doubt.
-    extremes = NoisyOr().pooled(torch.tensor([[1e-9, 60.0]]))
+    extremes = pooling.pooled(torch.tensor([[1e-9, 60.0]]))
     np.testing.assert_allclose(extremes, [[np.log(1e-9), 60.0]], rtol=1e-5)
 
 
@@ -344,10 +345,13 @@ def test_measures_are_those_of_scikit_learn() -> None:
 def test_the_loss_is_the_cross_entropy_of_at_least_each_grade_and_sees_no_mask() -> None:
     scans, made = whole_lungs.crops(training(), 3, seed=5), mil.build().eval()
     with torch.no_grad():
-        p = made(scans.images).sigmoid().double().numpy()
+        features, _ = made.bag(scans.images)
+        best = made.scores(features.flatten(2).max(2).values[..., None, None, None]).flatten(1)
         found = mil.loss(made, replace(scans, masks=None))  # type: ignore[arg-type]
-    at_least = np.array([[0, 0], [1, 0], [1, 1]])
-    assert float(found) == pytest.approx(-np.log(np.where(at_least, p, 1 - p)).mean(), rel=1e-4)
+        expected = 0.0
+        for p in (made(scans.images).sigmoid().double().numpy(), best.sigmoid().double().numpy()):
+            expected -= np.log(np.where([[0, 0], [1, 0], [1, 1]], p, 1 - p)).mean()
+    assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_pointing_is_where_the_map_peaks() -> None:

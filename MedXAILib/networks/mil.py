@@ -10,7 +10,7 @@ fundus images", 2020; Ilse et al., "Attention-based deep multiple instance learn
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from MedXAILib.errors import unknown
 from MedXAILib.networks.lung_nodule import Evidence, block
+
+Pooling = Literal["noisy_or", "attention"]
 
 CELL = 4
 """Voxels from one instance to the next along each axis."""
@@ -27,8 +29,8 @@ _LUNG = (0.02, 0.35)
 _AROUND = 7
 """So many cells along each side (35 mm) tell whether an instance lies in lung."""
 _ENOUGH = 0.25
-_RARE = -8.0
-"""What an instance says before anything is learnt: nodules are rare."""
+_RARE = 6.0
+"""By how much less an instance is likely to have a grade than a scan, before anything is learnt."""
 
 
 class MultipleInstanceClassifier(nn.Module):
@@ -40,9 +42,7 @@ class MultipleInstanceClassifier(nn.Module):
     cell.
     """
 
-    def __init__(
-        self, grades: int = 2, pooling: Literal["noisy_or", "attention"] = "noisy_or", width: int = 16
-    ) -> None:
+    def __init__(self, grades: int = 2, pooling: Pooling = "noisy_or", width: int = 16) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
             block(1, width, kernel=4, stride=2),
@@ -53,18 +53,33 @@ class MultipleInstanceClassifier(nn.Module):
         )
         self.evidence = Evidence(3 * width, 4 * width)
         self.scores = OrdinalScores(4 * width, grades)
-        if pooling not in ("noisy_or", "attention"):
-            raise unknown("pooling", pooling, ("noisy_or", "attention"))
+        if pooling not in get_args(Pooling):
+            raise unknown("pooling", pooling, get_args(Pooling))
         self.instances = NoisyOr() if pooling == "noisy_or" else GatedAttention(4 * width)
 
     def forward(self, image: Tensor) -> Tensor:
-        features = self.evidence(self.trunk(image), F.avg_pool3d(image, CELL))
-        parts: Tensor = self.instances(self.scores(features), features, in_lung(image))
+        return self.pool(*self.bag(image))
+
+    def bag(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (N, C, D / 4, H / 4, W / 4) of the instances, and which of them lie in lung (N, 1, ...)."""
+        here = in_lung(image)
+        return self.evidence(self.trunk(image), F.avg_pool3d(image, CELL)) * here, here
+
+    def pool(self, features: Tensor, here: Tensor) -> Tensor:
+        """The logits (N, grades) of a bag."""
+        parts: Tensor = self.instances(self.scores(features), features, here)
         return self.pooled(parts.sum((2, 3, 4)))
 
     def pooled(self, total: Tensor) -> Tensor:
         """The logits (N, grades) of the summed parts of all instances, (N, grades)."""
         return self.instances.pooled(total)
+
+    def best(self, features: Tensor) -> Tensor:
+        """The scores (N, grades) of an instance that had as much of each feature as any has: what training begins with.
+
+        Before instances are told from each other, pooling asks for the mean of thousands, in which a nodule is nothing.
+        """
+        return self.scores(features.amax((2, 3, 4), keepdim=True)).flatten(1)
 
 
 class OrdinalScores(nn.Conv3d):
@@ -73,7 +88,8 @@ class OrdinalScores(nn.Conv3d):
     def __init__(self, features: int, grades: int) -> None:
         super().__init__(features, grades, 1)
         with torch.no_grad():
-            self.bias[0] = _RARE  # type: ignore[index]
+            # Evidence speaks for a nodule, unless it is learnt that it does not.
+            self.weight[0].abs_()
 
     def forward(self, features: Tensor) -> Tensor:
         lowest, steps = super().forward(features).split([1, self.out_channels - 1], 1)
@@ -87,8 +103,12 @@ class NoisyOr(nn.Module):
     is -log(1 - P) of the scan's probability P.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.rare = nn.Parameter(torch.tensor(_RARE))
+
     def forward(self, scores: Tensor, features: Tensor, here: Tensor) -> Tensor:
-        return F.softplus(scores) * here
+        return F.softplus(scores - self.rare) * here
 
     def pooled(self, total: Tensor) -> Tensor:
         total = total.clamp_min(1e-12)

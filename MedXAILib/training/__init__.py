@@ -36,6 +36,7 @@ RECIPES: dict[str, Recipe] = {
         attention_classifier.RECIPE,
         attention_segmentation.RECIPE,
         mil.RECIPE,
+        mil.ATTENTION_RECIPE,
         semantic.RECIPE,
         captioner.RECIPE,
         captioner.VISUAL_RECIPE,
@@ -81,7 +82,7 @@ def _own(recipe: Recipe, data: Table) -> Recipe:
     if recipe.own is None:
         able = ", ".join(name for name, other in RECIPES.items() if other.own is not None)
         raise MedXAIError(f"'{recipe.name}' cannot learn from a table: leave it out, or train {able}.")
-    return recipe.own(data)
+    return recipe.own(recipe, data)
 
 
 def _learnt_from_lung(recipe: Recipe, checkpoint: Path, run: Run) -> tuple[nn.Module, dict[str, float]]:
