@@ -150,6 +150,10 @@ def test_findings_of_one_scale_share_what_is_left() -> None:
             {"solid": 0.4, "part_solid": 0.3, "ground_glass": 0.3, "elongation": 0.8, "diameter": 8.64},
             "A possibly solid, elongated nodule of 8.6 mm, well-defined, possibly lobulated, spiculated, not calcified",
         ),
+        (
+            {"solid": 0.34, "part_solid": 0.33, "ground_glass": 0.33},
+            "A possibly solid, round nodule of 14 mm, well-defi",
+        ),
         ({"nodule": 0.6}, "Possibly a part-solid, round nodule of 14 mm"),
         ({"nodule": 0.2}, "No nodule"),
         ({"nodule": 0.45}, "Possibly no nodule"),
@@ -177,6 +181,11 @@ def test_reasons_are_the_larger_shares_and_their_opposites() -> None:
     against = because(ATTRIBUTES, NODULE, {name: -share for name, share in shares.items()})
     assert against == ", because it is spiculated (-2.9) and not calcified (-0.4), although it is of 14 mm (+1.2)"
     assert because(ATTRIBUTES, NODULE, dict.fromkeys(NAMES, 0.0)) == ""
+    many = because(ATTRIBUTES, NODULE, dict(zip(NAMES, [9, 8, 0, 0, 0, 7, -6, 5, 4, -3], strict=True)))
+    assert many == (
+        ", because it is a nodule (+9.0), of 14 mm (+8.0) and round (+7.0), although it is well-defined (-6.0) and not "
+        "calcified (-3.0)"
+    )
     # What a scale says it says once: part-solid, and so neither solid nor ground-glass.
     scale = dict.fromkeys(NAMES, 0.0) | {"solid": 0.5, "part_solid": 1.0, "ground_glass": -0.2}
     unsure = {**NODULE, "solid": 0.3, "part_solid": 0.4, "ground_glass": 0.3}
