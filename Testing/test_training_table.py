@@ -116,6 +116,39 @@ def test_the_bundle_says_in_the_persons_words_what_was_measured(
     assert json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"] == metrics
 
 
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.own is not None])
+def test_whatever_learns_from_a_table_makes_a_bundle(own: Path, tmp_path: Path, name: str) -> None:
+    table = read_table(own, GRID)
+    metrics = train(name, tmp_path / "mine", mx.Run(), quick=True, data=table)
+    model = mx.load_model(tmp_path / "mine")
+    patches = table.read(mx.Run())["test"]
+    with model.ready(), torch.no_grad():
+        found = model.forward(patches.images).argmax(1)
+    if model.task == "classification":
+        assert model.class_names == NAMES
+        assert metrics["accuracy"] == pytest.approx(float((found == patches.labels).float().mean()), abs=1e-4)
+    else:
+        assert model.task == "segmentation" and model.class_names == ("background", "finding")
+        pairs = [(one > 0, mask[0]) for one, mask in zip(found, patches.masks, strict=True) if mask.any()]
+        dice = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in pairs]
+        assert metrics["dice"] == pytest.approx(float(np.mean(dice)), abs=1e-4)
+    assert set(model.layers) <= set(dict(model.network.named_modules()))
+    card = (tmp_path / "mine" / "docs" / "README.md").read_text("utf-8")
+    assert f"medxai train {name}" in card and "chest_ct" not in card
+
+
+def test_a_validation_that_tells_nothing_is_refused(own: Path, tmp_path: Path) -> None:
+    table = read_table(own, GRID)
+    write(tmp_path / "empty.nrrd", torch.zeros(40, 40, 40))
+    cases = [c if c.split != "validation" else replace(c, segmentation=tmp_path / "empty.nrrd") for c in table.cases]
+    with pytest.raises(MedXAIError, match="says nothing of 'dice'"):
+        train(
+            "lung-nodule-segmentation", tmp_path / "out", mx.Run(), quick=True, data=replace(table, cases=tuple(cases))
+        )
+    with pytest.raises(MedXAIError, match="a size that 4 divides, not 26"):
+        train("lung-nodule-segmentation", tmp_path / "out", mx.Run(), quick=True, data=read_table(own, Grid(26, 2.0)))
+
+
 def test_the_card_counts_what_was_learnt_from(own: Path, trained: tuple[Path, dict[str, float]]) -> None:
     card = (trained[0] / "docs" / "README.md").read_text("utf-8")
     for split in ("train", "validation", "test"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ def build() -> AttentionClassifier:
     # The heads have other inputs.
     network.load_state_dict(own | {name: value for name, value in seen.items() if value.shape == own[name].shape})
     return network
+
+
+def loss(network: AttentionClassifier, patches: Nodules) -> Tensor:
+    """The loss of `lung_nodule`, of both gates together and of either one alone.
+
+    Deep supervision (Schlemper et al. 2019): beside `coarse`, which is enough for the class, `fine` learns nothing.
+    """
+    features = network.features(patches.images.to(network.class_head.weight.device))
+    fine = torch.arange(features.shape[1], device=features.device) < network.fine.of_features.in_channels
+    return torch.stack([lung_nodule.error(network, features * kept, patches) for kept in (1, fine, ~fine)]).mean()
 
 
 def measure(network: AttentionClassifier, patches: Nodules) -> dict[str, float]:
@@ -133,11 +144,12 @@ calcification and margin (mm). `python -m monai.bundle run` takes every file as 
 RECIPE = Recipe(
     name="lung-nodule-attention",
     network=build,
-    loss=lung_nodule.loss,
+    loss=loss,
     measure=measure,
     real=lung_nodule.real,
     score="log_likelihood",
     publish=publish,
+    own=partial(lung_nodule.own, kind=AttentionClassifier, layer="coarse"),
     epochs=16,
     steps=50,
     learning_rate=4e-3,

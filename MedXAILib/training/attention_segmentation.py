@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _UNET: dict[str, Any] = {
     "channels": [8, 16, 32],
     "strides": [2, 2],
 }
+_DEFINITION = {"_target_": "monai.networks.nets.AttentionUnet", **_UNET}
+_LAYER = "model.1.submodule.1.merge"
 # The coefficients of each gate, and how many voxels its units, the first at voxel 0, are apart.
 _GATES = {"fine": ("model.1.attention.psi", 1), "coarse": ("model.1.submodule.1.attention.psi", 2)}
 
@@ -57,10 +60,8 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None
         "description": "A demonstration network with attention gates, trained on computed nodules.",
         "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
     }
-    definition = {"_target_": "monai.networks.nets.AttentionUnet", **_UNET}
-    layers = ["model.1.submodule.1.merge"]
     card = _CARD.format(**metrics)
-    lung_nodule_segmentation.write_segmentation(folder, network, definition, about, layers, card, metrics)
+    lung_nodule_segmentation.write_segmentation(folder, network, _DEFINITION, about, [_LAYER], card, metrics)
 
 
 _CARD = """# Lung nodule segmentation with attention
@@ -111,6 +112,7 @@ RECIPE = Recipe(
     real=lung_nodule_segmentation.real,
     score="dice",
     publish=publish,
+    own=partial(lung_nodule_segmentation.own, network=build, definition=_DEFINITION, layer=_LAYER),
     epochs=12,
     steps=40,
     batch=20,

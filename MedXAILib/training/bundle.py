@@ -104,7 +104,9 @@ def write_bundle(
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, beside / "models" / "model.pt")
     _write_json(beside / "configs" / "inference.json", _inference(definition, inferer, postprocessing, handlers, grid))
     given = {**image, "spatial_shape": list(spatial_shape or (grid.size,) * 3)}
-    _write_json(beside / "configs" / "metadata.json", _metadata(about, given, output, {"layers": layers, **trainings}, metrics))
+    _write_json(
+        beside / "configs" / "metadata.json", _metadata(about, given, output, {"layers": layers, **trainings}, metrics)
+    )
     (beside / "docs" / "README.md").write_text(card, encoding="utf-8")
     if licence:
         (beside / "LICENSE").write_text(licence, encoding="utf-8")

@@ -28,13 +28,15 @@ _TRAININGS = {
 }
 
 
-def build(classes: int = len(CLASSES), known: Tensor | None = None) -> LungNoduleClassifier:
+def build(
+    classes: int = len(CLASSES), known: Tensor | None = None, kind: type[LungNoduleClassifier] = LungNoduleClassifier
+) -> LungNoduleClassifier:
     """An untrained network whose attribute head knows the units it answers in: those of the attributes `known` (M, K),
     NaN where unknown, or of computed nodules."""
     if known is None:
         attributes, labels = draw(600, seed=0)
         known = attributes[labels > 0]
-    network = LungNoduleClassifier(classes, known.shape[1])
+    network = kind(classes, known.shape[1])
     typical, count = known.nanmean(0), (~known.isnan()).sum(0)
     spread = ((known - typical).square().nansum(0) / (count - 1).clamp_min(1)).sqrt()
     network.attribute_head.offset.copy_(typical)
@@ -42,28 +44,36 @@ def build(classes: int = len(CLASSES), known: Tensor | None = None) -> LungNodul
     return network
 
 
-def own(table: Table) -> Recipe:
-    """The same for the classes and attributes of a person's own table."""
+def own(
+    recipe: Recipe, table: Table, kind: type[LungNoduleClassifier] = LungNoduleClassifier, layer: str = "evidence"
+) -> Recipe:
+    """`recipe` for the classes and attributes of a person's own table: of an untrained network of this `kind`, in which
+    HiResCAM looks at `layer`."""
     table.require("label")
     return replace(
-        RECIPE,
-        network=partial(build, len(table.classes), table.known()),
-        measure=partial(measure_own, table),
-        publish=partial(publish_own, table),
+        recipe,
+        network=partial(build, len(table.classes), table.known(), kind),
+        loss=loss,
+        measure=partial(measure_own, table, layer),
+        publish=partial(publish_own, table, recipe.name, layer),
         synthesise=augmented,
     )
 
 
 def loss(network: LungNoduleClassifier, patches: Nodules | Patches) -> Tensor:
     """Cross-entropy of the class plus the squared error of the attributes that are known, in their own spread."""
-    device = network.class_head.weight.device
-    features = network.features(patches.images.to(device))
+    return error(network, network.features(patches.images.to(network.class_head.weight.device)), patches)
+
+
+def error(network: LungNoduleClassifier, features: Tensor, patches: Nodules | Patches) -> Tensor:
+    """The `loss` of what the heads make of `features`."""
+    device = features.device
     true = patches.attributes.to(device)
     known = ~true.isnan()
     wrong = (network.attribute_head(features) - true) / network.attribute_head.scale
     # Chosen before it is squared, or the gradient of what is unknown would be NaN.
-    error = wrong[known].square().sum() / known.sum().clamp_min(1)
-    return F.cross_entropy(network.class_head(features), patches.labels.to(device)) + _ATTRIBUTE_WEIGHT * error
+    squared = wrong[known].square().sum() / known.sum().clamp_min(1)
+    return F.cross_entropy(network.class_head(features), patches.labels.to(device)) + _ATTRIBUTE_WEIGHT * squared
 
 
 def measure(network: LungNoduleClassifier, patches: Nodules | Patches, layer: str = "evidence") -> dict[str, float]:
@@ -88,12 +98,12 @@ def measure(network: LungNoduleClassifier, patches: Nodules | Patches, layer: st
 
 
 @torch.no_grad()
-def measure_own(table: Table, network: LungNoduleClassifier, patches: Patches) -> dict[str, float]:
+def measure_own(table: Table, layer: str, network: LungNoduleClassifier, patches: Patches) -> dict[str, float]:
     """What `measure` does, the recall of each class and the error of each attribute; nothing of what was not there."""
     device = network.class_head.weight.device
     features = torch.cat([network.features(part.to(device)) for part in patches.images.split(50)])
     guessed, told = network.class_head(features).argmax(1), network.attribute_head(features)
-    found = measure(network, patches) | table.by_name(guessed.cpu(), told.cpu(), patches)
+    found = measure(network, patches, layer) | table.by_name(guessed.cpu(), told.cpu(), patches)
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -140,18 +150,19 @@ def publish(
     write_classifier(folder, network, about, ["evidence"], told, metrics, trainings=_TRAININGS)
 
 
-def publish_own(table: Table, network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
+def publish_own(
+    table: Table, recipe: str, layer: str, network: nn.Module, metrics: dict[str, float], folder: Path
+) -> None:
     """Write the bundle of a network that learnt from `table`."""
-    told = told_of(table, "lung-nodule", folder.name, metrics)
-    write_classifier(
-        folder,
-        network,
-        layers=["evidence"],
-        metrics=metrics,
-        classes=table.classes,
-        attributes=table.attributes,
-        **told,
-    )
+    does = f"says {', '.join(f'**{name}**' for name in table.classes)}"
+    told = told_of(table, recipe, folder.name, metrics, "Classification", does, _OWN.format(layer=layer))
+    write_classifier(folder, network, layers=[layer], classes=table.classes, attributes=table.attributes, **told)
+
+
+_OWN = """`recall` is the share of a class that was recognised, `error` the mean absolute error of an attribute in its
+own unit. `pointing` and `mass`, if there were masks: the share of the cases with a mask, classified correctly, in which
+the peak of HiResCAM at `{layer}` is in the mask, and the share of its positive relevance that is. The output of the
+layer `attribute_head` holds the attributes in the order above."""
 
 
 def write_classifier(

@@ -8,13 +8,16 @@ from typing import Any
 from MedXAILib.training.table import SPLITS, Table
 
 
-def told_of(table: Table, recipe: str, name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What `write_bundle` is told of a network called `name` that learnt from `table` by `recipe`."""
+def told_of(
+    table: Table, recipe: str, name: str, metrics: Mapping[str, float], task: str, does: str, meaning: str
+) -> dict[str, Any]:
+    """What `write_bundle` is told of a network called `name` that learnt from `table` by `recipe`: what it `does` with
+    a cube, and the `meaning` of `metrics` and of its output, in Markdown."""
     patients = len({case.patient for case in table.cases})
     return {
         "about": {
             "name": name,
-            "task": "Classification",
+            "task": task,
             "description": f"Trained on a table of {len(table.cases)} patches of {patients} patients.",
             "intended_use": "Research on the data it was trained for. Not for diagnosis.",
             "authors": "not given",
@@ -22,21 +25,23 @@ def told_of(table: Table, recipe: str, name: str, metrics: Mapping[str, float]) 
             "data_source": table.path.name,
             "data_type": "table",
         },
-        "card": _card(table, recipe, name, metrics),
+        "card": _card(table, recipe, name, metrics, does, meaning),
+        "metrics": metrics,
         "grid": table.grid,
         "image": {"format": "magnitude", "modality": "not given"},
         "licence": "",
     }
 
 
-def _card(table: Table, recipe: str, name: str, metrics: Mapping[str, float]) -> str:
+def _card(table: Table, recipe: str, name: str, metrics: Mapping[str, float], does: str, meaning: str) -> str:
     low, high = table.grid.intensities
     tested = table.of("test")
     return _CARD.format(
         name=name,
         recipe=recipe,
         table=table.path.name,
-        classes=", ".join(f"**{one}**" for one in table.classes),
+        does=does,
+        meaning=meaning,
         counts=_counts(table),
         attributes=_attributes(table),
         patches=len(tested),
@@ -65,21 +70,24 @@ def _counts(table: Table) -> str:
 def _attributes(table: Table) -> str:
     known = (~table.known().isnan()).sum(0).tolist()
     told = [f"{name} (known of {count})" for name, count in zip(table.attributes, known, strict=True)]
-    return f"It learnt these attributes too: {', '.join(told)}." if told else "It learnt no attributes."
+    return f"Attributes in the table: {', '.join(told)}." if told else "The table has no attributes."
 
 
 _CARD = """# {name}
 
-Looks at a cube of {reach:.0f} mm and says {classes}. Made by `medxai train {recipe}` from a person's own table of scans
-and labels. **Never use it for a patient**: nobody but its maker knows how the scans were chosen and who labelled them.
+Looks at a cube of {reach:.0f} mm and {does}.
+
+Made by `medxai train {recipe}` from a person's own table of scans. **Never use it for a patient**: nobody but its maker
+knows how the scans were chosen and who said what is in them.
 
 ## Trained on
 `{table}`. A patient is in one split only.
 
 {counts}
 
-The validation chose the epoch whose weights were kept; the test was not looked at before the end. {attributes} Patches
-of the training were flipped along any axis and moved by up to 4 voxels at random. It took {seconds:.0f} s.
+The validation chose the epoch whose weights were kept; the test was not looked at before the end. Patches of the
+training were flipped along any axis and moved by up to 4 voxels at random. It took {seconds:.0f} s.
+{attributes}
 
 ## Measured
 On the {patches} patches of {patients} patients of the test:
@@ -88,9 +96,7 @@ On the {patches} patches of {patients} patients of the test:
 |---|---|
 {measured}
 
-`recall` is the share of a class that was recognised, `error` the mean absolute error of an attribute in its own unit.
-`pointing` and `mass`, if there were masks: the share of the cases with a mask, classified correctly, in which the peak
-of HiResCAM is in the mask, and the share of its positive relevance that is.
+{meaning}
 
 ## Limits
 - Tested on patients from the same table only. Other scanners, protocols and populations were never seen.
@@ -98,5 +104,4 @@ of HiResCAM is in the mask, and the share of its positive relevance that is.
 
 ## Reading it
 Input: axes (R, A, S) at {spacing:g} mm, {low:g} to {high:g} as 0 to 1, {size} x {size} x {size} voxels. Output: logits.
-The output of the layer `attribute_head` holds the attributes in the order above.
 """

@@ -1,6 +1,6 @@
 """A person's own data to train on: a table of scans with labels, attributes, reports and masks.
 
-A recipe that can learn from such a table has `own(table)`, which gives the recipe for the table's classes and
+A recipe that can learn from such a table has `own(recipe, table)`, which gives it for the table's classes and
 attributes. It may rely on this:
 
 - `table.classes` and `table.attributes` are the names, `table.known()` the attributes of the training (M, K), NaN where
@@ -10,7 +10,8 @@ attributes. It may rely on this:
   `UNKNOWN` and no masks, unless `own` requires the column.
 - `publish` is to say what the network learnt from: see `MedXAILib.training.own_bundle`.
 
-For a network that is built by `Network(classes, attributes)`, as `LungNoduleClassifier` is, see `lung_nodule.own`.
+For a network that is built and asked as `LungNoduleClassifier` is, `own=partial(lung_nodule.own, kind=..., layer=...)`
+is all that is needed.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Recipe:
     `publish(network, metrics, folder)` writes the bundle.
     A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
     threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine`
-    makes the test, where that is of something else than what the network learns from. `own(table)` is the recipe for a
+    makes the test, where that is of something else than what the network learns from. `own(recipe, table)` is it for a
     person's own data, if it can be (see `MedXAILib.training.table`).
     """
 
@@ -49,7 +49,7 @@ class Recipe:
     publish: Callable[[Any, dict[str, float], Path], None]
     epochs: int
     steps: int
-    own: Callable[[Table], Recipe] | None = None
+    own: Callable[[Recipe, Table], Recipe] | None = None
     synthesise: Callable[..., Any] = synthesise
     examine: Callable[..., Any] | None = None
     batch: int = 30
@@ -79,7 +79,7 @@ def fit(
 
     Raises:
         Cancelled: when the person asked to stop.
-        MedXAIError: when `checkpoint` belongs to another training.
+        MedXAIError: when `checkpoint` belongs to another training, or `held_out` cannot tell good weights from bad.
     """
     device = available(run.device or "cpu")
     with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,9 @@ def fit(
                 optimiser.step()
             epoch += 1
             network.eval()
-            score = recipe.measure(network, held_out)[recipe.score]
+            score = recipe.measure(network, held_out).get(recipe.score, math.nan)
+            if math.isnan(score) and best_epoch == 0:
+                raise MedXAIError(f"The validation says nothing of '{recipe.score}': give it cases of every kind.")
             if score > best:
                 best, best_epoch, weights = score, epoch, _weights(network)
             state = {
