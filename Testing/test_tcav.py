@@ -467,6 +467,24 @@ def _head() -> list[nn.Module]:
     return [nn.AdaptiveAvgPool3d(1), nn.Flatten(), linear]
 
 
+def test_plain_images_have_scores_and_no_maps() -> None:
+    x, there = drawn(40, 0, bright=0)
+    x = torch.cat([x.mean(2), x[:, :1, 0]], 1)
+    linear = nn.Linear(5, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([WEIGHTS, torch.zeros(2, 1)], 1))
+    network = mx.Model(
+        nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear),
+        class_names=("no", "yes"),
+        channels=5,
+        spatial_dims=2,
+    )
+    images = [mx.Volume(one, np.eye(3)) for one in x]
+    asked = {"examples": mx.Examples.of(images, there), "layers": "0", "vector": "pattern"}
+    told = mx.tell(network, images[0], "tcav", "yes", **asked)
+    assert told.concepts[0].score > 0.9 and len(told.maps) == 0
+
+
 def test_model_is_as_before_and_cancel_works() -> None:
     x, there = drawn(40, 0, bright=0)
     network = model()

@@ -139,7 +139,7 @@ class ConceptMethod(Teller):
         ]
         chances = iter(benjamini_hochberg([s.p for row in rows for s in row.scored]))
         qs = [[float(next(chances)) for _ in row.scored] for row in rows]
-        shown, maps = self._maps(rows, here, question)
+        shown, maps = self._maps(rows, here, question, volume)
         same = _consistency(rows)
         answers = [
             Concept(
@@ -161,7 +161,7 @@ class ConceptMethod(Teller):
             concepts=tuple(answers),
             scored=f"{self.says}: {question.bound[0].label}",
             text=_text(answers, question.bound[0].label, len(layers) > 1),
-            maps=resample(maps, question.seen[0].affine, volume.shape, volume.affine),
+            maps=maps,
             affine=volume.affine,
             alike=_alike(rows),
         )
@@ -216,12 +216,14 @@ class ConceptMethod(Teller):
         readings = (held[there] @ (found.reading / scale)) if scored else np.zeros(0)
         return _Row(layer, name, unit, found, scored, scale, dict(zip(there, readings.tolist(), strict=False)))
 
-    def _maps(self, rows: Sequence[_Row], here: _Here, question: Question) -> tuple[dict[int, int], Tensor]:
-        """Which row has which map, and the maps (K, *spatial) on the network's input grid."""
-        shown, maps = dict[int, int](), [question.x.new_zeros((0, *question.x.shape[2:])).double().cpu()]
+    def _maps(
+        self, rows: Sequence[_Row], here: _Here, question: Question, volume: Volume
+    ) -> tuple[dict[int, int], Tensor]:
+        """Which row has which map, and the maps (K, D, H, W) on the grid of `volume`; none of a plain image."""
+        shown, maps = dict[int, int](), list[Tensor]()
         for i, row in enumerate(rows):
             units = here.units[row.layer]
-            if self.maps == "none" or not row.scored or not units.mapped:
+            if self.maps == "none" or len(volume.shape) < 3 or not row.scored or not units.mapped:
                 continue
             if self.maps == "activation":
                 made = units.read_map(torch.from_numpy(row.found.reading / row.scale), self.pool)
@@ -229,8 +231,10 @@ class ConceptMethod(Teller):
                 along = torch.from_numpy(row.found.direction * row.scale)
                 made = units.moved_map(here.raw_gradients[row.layer], along, self.pool)
             shown[i] = len(shown)
-            maps.append(made[0].cpu())
-        return shown, torch.cat(maps).float()
+            maps.append(made[0].float().cpu())
+        if not maps:
+            return {}, torch.zeros(0, *(volume.shape if len(volume.shape) == 3 else (1, 1, 1)))
+        return shown, resample(torch.cat(maps), question.seen[0].affine, volume.shape, volume.affine)
 
 
 @dataclass(frozen=True)
