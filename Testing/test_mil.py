@@ -273,7 +273,7 @@ def test_other_networks_and_layers_are_refused() -> None:
 
 
 def test_scans_have_the_grade_of_their_worst_nodule() -> None:
-    scans = whole_lungs.crops(training(), 6, seed=5)
+    scans = whole_lungs.crops(training(), 6, seed=5, size=64)
     assert scans.images.shape == scans.masks.shape == (6, 1, 64, 64, 64)
     assert scans.grades.tolist() == [0, 1, 2] * 2
     assert torch.equal(scans.masks.flatten(1).amax(1).long(), scans.grades)
@@ -284,9 +284,9 @@ def test_scans_have_the_grade_of_their_worst_nodule() -> None:
         assert (scans.images[k::3][inside].mean() - scans.images[::3][inside].mean()) > 0.2
         outside = ~functional.max_pool3d(inside.float(), 9, stride=1, padding=4).bool()
         assert (scans.images[k::3][outside] - scans.images[::3][outside]).abs().median() < 0.06
-    again = whole_lungs.crops(training(), 3, seed=5)
+    again = whole_lungs.crops(training(), 3, seed=5, size=64)
     assert torch.equal(scans.images[:3], again.images)
-    assert not torch.equal(again.images, whole_lungs.crops(training(), 3, seed=6).images)
+    assert not torch.equal(again.images, whole_lungs.crops(training(), 3, seed=6, size=64).images)
 
 
 def test_nodules_are_anywhere_in_the_lung() -> None:
@@ -331,7 +331,7 @@ def test_the_patients_own_lesion_is_healed_and_nothing_else() -> None:
 def test_crops_leave_the_patients_own_lesion_out() -> None:
     scan = training()
     marked = replace(scan, hu=torch.where(scan.lesion, 9000.0, -2000.0))
-    assert whole_lungs.crops(marked, 9, seed=3).images[::3].max() < 0.1
+    assert whole_lungs.crops(marked, 9, seed=3, size=64).images[::3].max() < 0.1
 
 
 def test_measures_are_those_of_scikit_learn() -> None:
@@ -343,7 +343,7 @@ def test_measures_are_those_of_scikit_learn() -> None:
 
 
 def test_the_loss_is_the_cross_entropy_of_at_least_each_grade_and_sees_no_mask() -> None:
-    scans, made = whole_lungs.crops(training(), 3, seed=5), mil.build().eval()
+    scans, made = whole_lungs.crops(training(), 3, seed=5, size=64), mil.build().eval()
     with torch.no_grad():
         features, _ = made.bag(scans.images)
         best = made.scores(features.flatten(2).max(2).values[..., None, None, None]).flatten(1)

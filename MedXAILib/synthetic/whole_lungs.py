@@ -38,7 +38,7 @@ class Scans:
         return len(self.grades)
 
 
-def crops(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False, size: int = 64) -> Scans:
+def crops(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False, size: int = 80) -> Scans:
     """`count` cubes of `size` voxels a side about places in the lung, a third of each grade.
 
     Flipped and transposed in the axial plane at random. None touches the patient's own lesion.

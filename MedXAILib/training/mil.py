@@ -179,7 +179,7 @@ above 0 malignant, below 0 benign. No radiologist or pathologist was asked. Neve
 Only patches in lung count, and evidence in proportion to the tissue in the 5 mm at the middle of the patch.
 
 ## Trained on
-Cubes of 80 mm from one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), its own 48 mL
+Cubes of 100 mm from one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), its own 48 mL
 mass left out; a third without a nodule, the others with one to three at random places, only clear cases (|logit| >
 1.4); every one freshly computed. The loss is the cross-entropy of "at least this grade". No mask, no patch's label and
 no other network's weights were used. `medxai train {recipe}` makes this bundle again ({seconds:.0f} s when this one was
