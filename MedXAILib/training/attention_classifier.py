@@ -14,6 +14,7 @@ from MedXAILib import resources
 from MedXAILib.networks.attention_classifier import AttentionClassifier
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Nodules
 from MedXAILib.training import lung_nodule
+from MedXAILib.training.table import Patches
 from MedXAILib.training.trainer import Recipe
 
 _GATES = ("fine", "coarse")
@@ -29,10 +30,11 @@ def build() -> AttentionClassifier:
     return network
 
 
-def loss(network: AttentionClassifier, patches: Nodules) -> Tensor:
+def loss(network: AttentionClassifier, patches: Nodules | Patches) -> Tensor:
     """The loss of `lung_nodule`, of both gates together and of either one alone.
 
-    Deep supervision (Schlemper et al. 2019): beside `coarse`, which is enough for the class, `fine` learns nothing.
+    Deep supervision (Schlemper et al. 2019): without it `fine` leaves the answer to `coarse` and attends to the
+    background.
     """
     features = network.features(patches.images.to(network.class_head.weight.device))
     fine = torch.arange(features.shape[1], device=features.device) < network.fine.of_features.in_channels
@@ -104,7 +106,8 @@ of `lung_nodule` has the rule. No radiologist or pathologist was asked. Never us
 The layers below the gates began with the weights of `lung_nodule`; all was then trained together, on one chest CT
 (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), its own 48 mL mass left out, a third of the
 patches of each class, only clear cases (|logit| > 1.4). The loss is the cross-entropy of the class plus the squared
-error of seven attributes. No mask was shown to the network, and nothing told it where to attend.
+error of seven attributes, of both gates together and of what either one lets through by itself. No mask was shown to
+the network, and nothing told it where to attend.
 `medxai train lung-nodule-attention` makes this bundle again ({seconds:.0f} s when this one was made).
 
 ## Measured

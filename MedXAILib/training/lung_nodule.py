@@ -53,7 +53,6 @@ def own(
     return replace(
         recipe,
         network=partial(build, len(table.classes), table.known(), kind),
-        loss=loss,
         measure=partial(measure_own, table, layer),
         publish=partial(publish_own, table, recipe.name, layer),
         synthesise=augmented,
