@@ -62,7 +62,7 @@ class Drawn:
 
 
 def test_dots_are_means_and_whiskers_their_intervals_with_the_best_above() -> None:
-    values = {"gradient": (0.30, 0.34, 0.38), "hirescam": (0.7, 0.8, 0.6), "gradcam": (-0.1, 0.1, 0.6)}
+    values = {"gradient": (0.30, 0.34, 0.38), "hirescam": (0.7, 0.8, 0.6), "gradcam": (-0.7, -0.1, 0.4)}
     found = {
         method: [case(str(v), additivity={"sensitivity-n": v}, randomisation={"likeness": v}) for v in three]
         for method, three in values.items()
@@ -103,6 +103,7 @@ def test_costs_are_on_a_logarithmic_axis_and_memory_that_is_nothing_is_not_drawn
     assert [plot.at(x, logarithmic=True) for x, _ in plot.dots] == pytest.approx([0.03, 40.0], rel=0.05)
     assert 'aria-label="Memory"' not in text
     found["lime"] = [case("a", memory=2e7), case("b", memory=2e7)]
+    found["gradient"] = [case("a", memory=4e3), case("b", memory=8e3)]
     plot = Drawn(written(found), "Memory")
     assert [plot.at(x, logarithmic=True) for x, _ in plot.dots] == pytest.approx([1.0, 1.0, 20.0], rel=0.05)
     assert [said for said, _, _ in plot.texts if said.endswith("MB")] == ["under 1 MB", "under 1 MB", "20 ± 0 MB"]
