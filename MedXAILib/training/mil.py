@@ -227,7 +227,7 @@ def _recipe(pooling: Pooling) -> Recipe:
         real=real,
         score="log_likelihood",
         publish=partial(publish, pooling=pooling),
-        epochs=10,
+        epochs=14,
         steps=50,
         synthesise=crops,
         examine=whole,
