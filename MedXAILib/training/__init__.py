@@ -46,7 +46,7 @@ RECIPES: dict[str, Recipe] = {
 _TEST_SEED, _BORDERLINE_SEED = 2, 3
 
 
-def train(name: str, out: Path, run: Run, quick: bool = False, data: Table | None = None) -> dict[str, float]:
+def train(name: str, out: str | Path, run: Run, quick: bool = False, data: Table | None = None) -> dict[str, float]:
     """Train the network `name`, test it on other patients and write its MONAI bundle to the folder `out`.
 
     It learns from `data` (see `read_table`), or from computed nodules in one chest CT, as the network that ships under

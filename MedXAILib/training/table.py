@@ -171,7 +171,9 @@ def fingerprint(patches: Mapping[str, Patches]) -> str:
 _Part = tuple[Case, Tensor, Tensor | None]
 
 
-def read_table(path: Path, grid: Grid | None = None, classes: Sequence[str] | None = None, seed: int = 0) -> Table:
+def read_table(
+    path: str | Path, grid: Grid | None = None, classes: Sequence[str] | None = None, seed: int = 0
+) -> Table:
     """A CSV file of cases to train on, a row for each place in a scan, with the columns
 
     - `volume`: a file or DICOM folder; its path begins where the table is;
@@ -188,6 +190,7 @@ def read_table(path: Path, grid: Grid | None = None, classes: Sequence[str] | No
     Raises:
         MedXAIError: naming the row and the column that is wrong, and what would be right.
     """
+    path = Path(path)
     rows = read_rows(path)
     columns = rows[0].cells
     attributes = tuple(name for name in columns if name not in COLUMNS)
