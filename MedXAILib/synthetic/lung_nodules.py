@@ -295,19 +295,21 @@ def _place(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, T
     Patches without a nodule follow the same law, so that the place gives the class away to nobody. Every sixth is at a
     vessel, which is what a network must learn not to take for a nodule.
     """
-    tries = 256 if part is None else 4096
-    points = backgrounds.vessels if torch.rand((), generator=generator) < 1 / 6 else backgrounds.inside
-    point = points[torch.randint(len(points), (tries,), generator=generator)]
-    corner = point - SIZE // 2 + torch.randint(-_JITTER, _JITTER + 1, (tries, 3), generator=generator)
+    # Few of a scan's places lie in a part of it.
+    tries, rounds = (256, 1) if part is None else (4096, 100)
     first, last = part or (torch.zeros(3), torch.tensor(backgrounds.hu.shape))
-    good = ((corner >= first) & (corner + SIZE <= last)).all(1)
-    if backgrounds.lesion_box is not None:
-        low, high = backgrounds.lesion_box
-        good &= ((corner + SIZE <= low) | (corner > high)).any(1)
-    if not bool(good.any()):
-        raise MedXAIError("The scan has no piece of lung of 50 mm beside its lesion: use a scan with more lung.")
-    k = int(good.int().argmax())
-    return corner[k], (point - corner)[k] + _uniform(generator, -0.5, 0.5, 3)
+    for _ in range(rounds):
+        points = backgrounds.vessels if torch.rand((), generator=generator) < 1 / 6 else backgrounds.inside
+        point = points[torch.randint(len(points), (tries,), generator=generator)]
+        corner = point - SIZE // 2 + torch.randint(-_JITTER, _JITTER + 1, (tries, 3), generator=generator)
+        good = ((corner >= first) & (corner + SIZE <= last)).all(1)
+        if backgrounds.lesion_box is not None:
+            low, high = backgrounds.lesion_box
+            good &= ((corner + SIZE <= low) | (corner > high)).any(1)
+        if bool(good.any()):
+            k = int(good.int().argmax())
+            return corner[k], (point - corner)[k] + _uniform(generator, -0.5, 0.5, 3)
+    raise MedXAIError("The scan has no piece of lung of 50 mm beside its lesion: use a scan with more lung.")
 
 
 def _render(backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int, rows: range) -> Iterator[Tensor]:

@@ -122,11 +122,12 @@ def _place(backgrounds: Backgrounds, size: int, generator: Generator) -> tuple[T
     if bool((shape < size).any()):
         raise MedXAIError(f"The scan is smaller than {size} voxels along an axis: use a larger scan, or smaller crops.")
     middle = backgrounds.inside[torch.randint(len(backgrounds.inside), (_TRIES,), generator=generator)]
-    corner = (middle - size // 2).clamp_min(0).minimum(shape - size)
-    good = torch.ones(_TRIES, dtype=torch.bool)
+    corner = middle - size // 2
+    # With lung in the middle there is a place for a nodule.
+    good = ((corner >= 0) & (corner + size <= shape)).all(1)
     if backgrounds.lesion_box is not None:
         low, high = backgrounds.lesion_box
-        good = ((corner + size <= low) | (corner > high)).any(1)
+        good &= ((corner + size <= low) | (corner > high)).any(1)
     if not bool(good.any()):
         raise MedXAIError(f"The scan has no {size} voxels of lung beside its lesion: use a scan with more lung.")
     chosen = corner[int(good.int().argmax())]
