@@ -100,5 +100,5 @@ def numbered(network: Decoder, captions: Sequence[str]) -> Tensor:
         for word in words:
             if word not in number:
                 raise unknown("word in the network's vocabulary", word, network.vocabulary)
-        rows.append(torch.tensor([number[word] for word in words]))
+        rows.append(torch.tensor([number[word] for word in words], dtype=torch.long))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
