@@ -41,6 +41,9 @@ CASES, FEW, SEED = 204, 12, 402
 SLICE = 12
 """Cases that a process takes at once; one where a single one takes long."""
 
+NETWORKS = {"attention": "lung_nodule_attention"}
+"""What explains itself is of a network that does; all else is of `lung_nodule`."""
+
 SLOW = frozenset({"scorecam", "deep_shap", "gradient_shap"})
 """These ask about many scans for each map, as the methods do that perturb."""
 
@@ -155,9 +158,14 @@ class Wanted:
     slow: bool = False
 
     @property
+    def network(self) -> str:
+        """Which of the shipped ones."""
+        return NETWORKS.get(self.method, "lung_nodule")
+
+    @property
     def described(self) -> dict[str, Any]:
         """What its result begins with. A result that begins otherwise is out of date."""
-        described = {"method": self.method, "parameters": dict(self.parameters)}
+        described = {"method": self.method, "network": self.network, "parameters": dict(self.parameters)}
         return described | {"region": "the whole patch", "checks": list(LIMITS)}
 
     def count(self, cases: int) -> int:
@@ -199,8 +207,8 @@ def cases(count: int) -> list[Asked]:
 
 
 @cache
-def _model(device: str | None) -> mx.Model:
-    model = patches.demo_model()
+def _model(name: str, device: str | None) -> mx.Model:
+    model = patches.demo_model(name)
     # Once, and not for each map.
     model.network.to(device or "cpu")
     return model
@@ -213,9 +221,8 @@ def measured(row: Wanted, some: slice, count: int, device: str | None, scratch: 
     warnings.filterwarnings("ignore", module=r"(monai|torch)\b")
     EXPLAINERS.update(BLIND)
     methods = {row.method: rows.meant(row.parameters)}
-    found = evaluated(
-        _model(device), cases(count)[some], methods, scratch / row.method, Run(device=device), tuple(LIMITS)
-    )
+    model, run = _model(row.network, device), Run(device=device)
+    found = evaluated(model, cases(count)[some], methods, scratch / row.method, run, tuple(LIMITS))
     return [_kept(one) for one in found[row.method]]
 
 
@@ -307,7 +314,8 @@ def _row(
     kind: type[Technique], result: Mapping[str, Any], some: Sequence[Mapping[str, Any]], columns: Sequence[str]
 ) -> str:
     said = ", ".join(f"{name} {value}" for name, value in result["parameters"].items())
-    title = f"{kind.title} ({said})" if said else kind.title
+    said += f" of {result['network']}" if kind.id in NETWORKS else ""
+    title = f"{kind.title} ({said.strip()})" if said else kind.title
     found = means([one["values"] for one in some])
     # One case has no interval.
     half = {name: f" ± {found[f'{name} ±']:.2f}" if len(some) > 1 else "" for name in columns if name in found}

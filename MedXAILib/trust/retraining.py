@@ -8,7 +8,10 @@ permuted).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import mean
+
+from torch import nn
 
 from MedXAILib.errors import MedXAIError
 from MedXAILib.loading import load_model
@@ -88,9 +91,15 @@ def _likeness(judged: Judged, others: Sequence[Source], what: str) -> list[float
         raise MedXAIError(
             f"No {what} of {judged.model.name} is known: name its bundle in the metadata (docs/trust.md)."
         )
-    networks = (load_model(source).network for source in others)
-    maps = (judged.again(model=judged.model.with_network(network), target=judged.settled).data for network in networks)
+    models = (judged.model.with_network(_network(source)) for source in others)
+    maps = (judged.again(model=model, target=judged.settled).data for model in models)
     return [correlation(own[box], found[box]) for found in maps]
+
+
+@lru_cache(maxsize=3)
+def _network(source: Source) -> nn.Module:
+    """Kept, for whoever judges many maps of one network."""
+    return load_model(source).network
 
 
 def _finding(check: str, title: str, sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:

@@ -39,9 +39,9 @@ class Patches:
         return Patches(self.images[which], self.masks[which], self.labels[which])
 
 
-def demo_model() -> mx.Model:
-    """The shipped classifier, for patches that are prepared already."""
-    return replace(mx.load_model(resources.path("Models/lung_nodule")), preprocessing=None)
+def demo_model(name: str = "lung_nodule") -> mx.Model:
+    """A shipped classifier, for patches that are prepared already."""
+    return replace(mx.load_model(resources.path(f"Models/{name}")), preprocessing=None)
 
 
 @cache
