@@ -20,6 +20,7 @@ from MedXAILib import resources
 from MedXAILib.networks.attention_classifier import AttentionClassifier
 from MedXAILib.networks.attention_gate import AttentionGate
 from MedXAILib.training import attention_classifier
+from MedXAILib.training.table import Patches
 from MedXAILib.window import Window
 
 SHAPE = (28, 36, 44)
@@ -326,3 +327,25 @@ def test_training_begins_with_what_the_plain_network_sees() -> None:
     assert float(seen[0].max()) > 0.1
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(networks[0].attribute_head.scale, networks[1].attribute_head.scale)
+
+
+def test_each_gate_learns_by_itself() -> None:
+    """The formula in double precision, on what comes out of the gates."""
+    network, kept, unknown = classifier(), [], float("nan")
+    for gate in (network.fine, network.coarse):
+        gate.register_forward_hook(lambda _module, _inputs, output: kept.append(output.detach().double().numpy()))
+    labels, true = np.array([0, 1, 2]), np.arange(21.0).reshape(3, 7)
+    true[0] = unknown
+    patches = Patches(scan(3, 1, 24, 24, 32), torch.tensor(labels), torch.tensor(true).float(), None, [""] * 3)
+    found = attention_classifier.loss(network, patches)
+    weights = {name: value.detach().double().numpy() for name, value in network.state_dict().items()}
+    attended = [features.sum((2, 3, 4)) for features in kept]
+    losses = []
+    for used in ((1, 1), (1, 0), (0, 1)):
+        features = np.concatenate([part * use for part, use in zip(attended, used, strict=True)], axis=1)
+        logits = features @ weights["class_head.weight"].T + weights["class_head.bias"]
+        likelihood = np.exp(logits)[np.arange(3), labels] / np.exp(logits).sum(1)
+        # An untrained head has an offset of 0 and a scale of 1.
+        told = features @ weights["attribute_head.weight"].T + weights["attribute_head.bias"]
+        losses.append(-np.log(likelihood).mean() + np.square(told - true)[1:].mean())
+    assert found.item() == pytest.approx(np.mean(losses), rel=1e-5)
