@@ -213,6 +213,12 @@ at least {real_shifted_min:.4f} with the patch up to 5 mm off along each axis.
   of the cases is little more than guessed.
 - Nothing passes beside the attributes, but a probability can carry more than its name says: compare the accuracy with
   each finding there or not.
+- An intervention says what the network would decide, not what it would see: nodules that are rendered again without
+  their spikes move the decision mostly in the same direction, and less far, because other attributes are then seen
+  otherwise as well.
+- What the network is sure of has hardly a gradient, as a probability near 0 or 1 barely changes: HiResCAM of a class
+  shows the rest, and hits the nodule less often than that of `lung_nodule` (0.997). The maps of `semantic` are of
+  log-odds and do not fade.
 - One patient to train on, one to test on, one real nodule: an illustration, not a performance claim.
 - Nodules of 7 to 24 mm in lung. The real mass of lung2 (48 mL, 45 mm) is out of distribution.
 - The scans have slices of 5 mm. Contrast agent, other kernels and other diseases were never seen.
