@@ -78,6 +78,15 @@ def test_the_checks_find_an_edge_detector_out(six, tmp_path, monkeypatch) -> Non
     assert again == found | {"values": found["values"] | {"cost: forwards": 77.0}}
 
 
+def test_a_method_that_compares_with_patches_of_lung_is_checked_like_the_others(six, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trust, "cases", lambda count: six)
+    (row,) = (row for row in trust.every() if row.method == "deep_shap")
+    (found,) = trust.measured(row, slice(0, 1), 6, None, tmp_path)
+    assert {"randomisation", "discrimination", "stability"} <= set(found["lights"])
+    written = [mx.load_volume(path).data for path in sorted(tmp_path.glob("lung-*.nrrd"))]
+    assert len(written) == 5 and all(map(torch.equal, written, (volume.data for volume in patches.lung())))
+
+
 def test_a_calibrated_limit_lets_five_in_a_hundred_by() -> None:
     hundred = [i / 100 for i in range(100)]
     assert Limit(("v",), 0.4, 0.15).calibrated(hundred) == 0.95
