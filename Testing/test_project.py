@@ -32,6 +32,7 @@ WITHOUT_TORCH = {
     "MedXAILib",
     *(f"MedXAILib.{name}" for name in ("client", "errors", "protocol", "resources")),
     *(f"MedXAILib.report.{name}" for name in ("interval", "residuals")),
+    "MedXAILib.textual.intervention",
     "MedXAILib.trust.finding",
 }
 

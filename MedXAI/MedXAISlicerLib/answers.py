@@ -28,7 +28,7 @@ class Answer:
 
     @property
     def kind(self):
-        """SaliencyMap, Caption or SimilarCases."""
+        """SaliencyMap, Caption, ConceptScores or SimilarCases."""
         return self.manifest["kind"]
 
     @property

@@ -57,15 +57,7 @@ def words(node):
 def showWord(node, index):
     """Lay the map of a word over the scan, and move all slices to its place; without a map the scan is shown alone."""
     word = words(node)[index]
-    for mapNode in results.maps(node):
-        display.setVisible(mapNode, mapNode is word["map"])
-    if word["map"] is not None:
-        display.overlay(word["map"])
-    elif results.part(node, "Source") is not None:
-        slicer.util.setSliceViewerLayers(background=results.part(node, "Source"), foreground=None)
-    place = word["place"] or (word["map"] and geometry.peak(word["map"]))
-    if place:
-        display.jumpTo(place)
+    display.showOneOf(node, word["map"], word["place"])
 
 
 def about(node):

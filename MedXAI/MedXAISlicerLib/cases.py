@@ -18,7 +18,11 @@ def addCases(volumeNode, answer):
     Returns the table node.
     """
     said = answer.manifest
-    tableNode = _addTable(results.safeName(f"{volumeNode.GetName()} similar cases"), said["cases"])
+    columns = {"Case": "uid", "Label": "label", "Similarity": "similarity"}
+    tableNode = results.addTable(
+        results.safeName(f"{volumeNode.GetName()} similar cases"),
+        {title: [case[name] for case in said["cases"]] for title, name in columns.items()},
+    )
     results.describe(tableNode, answer)
     results.setPart(tableNode, "Source", volumeNode)
     images = [answer.images[file] for file in said["files"]]
@@ -142,21 +146,3 @@ def _addVolume(volumeNode, array, affine, title):
         node.GetDisplayNode().AutoWindowLevelOff()
         node.GetDisplayNode().SetWindowLevelMinMax(window.GetWindowLevelMin(), window.GetWindowLevelMax())
     return node
-
-
-def _addTable(name, found):
-    tableNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", name)
-    for title in ("Case", "Label", "Similarity"):
-        column = vtk.vtkDoubleArray() if title == "Similarity" else vtk.vtkStringArray()
-        column.SetName(title)
-        for case in found:
-            column.InsertNextValue(
-                case["similarity"]
-                if title == "Similarity"
-                # Tables are saved as text, where tabs, line ends and quotes would shift the columns.
-                else " ".join(str(case["uid" if title == "Case" else "label"]).replace('"', "'").split())
-            )
-        tableNode.AddColumn(column)
-    tableNode.SetUseColumnTitleAsColumnHeader(True)
-    tableNode.SetLocked(True)
-    return tableNode

@@ -23,7 +23,7 @@ _SAMPLES = 1_000_000
 def show(node):
     """Show one explanation of any kind and hide the others: its map over its scan in all slice views, with legend, hot
     spots in 2-D and 3-D. An explanation without a map shows the scan alone. A caption begins with its first
-    map, similar cases with the map of the scan that was asked about.
+    map, concepts with that of the one that matters most, similar cases with the map of the scan that was asked about.
     """
     for other in results.findExplanations():
         for mapNode in results.maps(other):
@@ -37,6 +37,20 @@ def show(node):
     overlay(mapNode)
     setVisible(mapNode, True)
     jumpToPeak(mapNode)
+
+
+def showOneOf(node, mapNode, place=None):
+    """Lay one of the maps of an explanation over the scan, and move all slices to `place`, or else to where the map is
+    strongest; without a map the scan is shown alone."""
+    for one in results.maps(node):
+        setVisible(one, one is mapNode)
+    if mapNode is not None:
+        overlay(mapNode)
+    elif results.part(node, "Source") is not None:
+        slicer.util.setSliceViewerLayers(background=results.part(node, "Source"), foreground=None)
+    place = place or (mapNode and geometry.peak(mapNode))
+    if place:
+        jumpTo(place)
 
 
 def restore():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import answers, captions, cases, deleting, display, geometry, hotspots, regions, results
+from MedXAISlicerLib import answers, captions, cases, concepts, deleting, display, geometry, hotspots, regions, results
 
 # Grids whose voxels are nowhere further apart than this are one, mm.
 _SAME_PLACE = 1e-3
@@ -220,5 +220,6 @@ def _about(mapNode):
 _STEPS = {
     "SaliencyMap": _addingSaliency,
     "Caption": lambda volumeNode, answer: [captions.addCaption(volumeNode, answer)],
+    "ConceptScores": concepts.addingConcepts,
     "SimilarCases": lambda volumeNode, answer: [cases.addCases(volumeNode, answer)],
 }

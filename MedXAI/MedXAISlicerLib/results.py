@@ -1,7 +1,7 @@
 """What an explanation is in the scene: one node of its kind, and what belongs to it, found from it by reference.
 
-A saliency map is a volume node, a caption a text node, similar cases a table node. Everything is nodes, attributes and
-references, so that a saved scene brings explanations back as they were.
+A saliency map is a volume node, a caption a text node, concepts and similar cases are table nodes. Everything is nodes,
+attributes and references, so that a saved scene brings explanations back as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from datetime import datetime
 
 import slicer
+import vtk
 
 PARTS = ("Summary", "HotSpots", "Statistics", "Channels", "Interval")
 
@@ -45,7 +46,7 @@ def describe(node, answer):
 
 
 def kind(node):
-    """SaliencyMap, Caption or SimilarCases."""
+    """SaliencyMap, Caption, ConceptScores or SimilarCases."""
     return node.GetAttribute("MedXAI.Kind")
 
 
@@ -149,6 +150,20 @@ def addMapNode(volumeNode, array, name):
     return node
 
 
+def addTable(name, columns):
+    """Add a table that nobody is to edit to the scene: lists of texts or of numbers by the titles of their columns."""
+    tableNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", name)
+    for title, values in columns.items():
+        column = vtk.vtkDoubleArray() if values and isinstance(values[0], float) else vtk.vtkStringArray()
+        column.SetName(_cell(title))
+        for value in values:
+            column.InsertNextValue(_cell(value) if isinstance(value, str) else value)
+        tableNode.AddColumn(column)
+    tableNode.SetUseColumnTitleAsColumnHeader(True)
+    tableNode.SetLocked(True)
+    return tableNode
+
+
 def isSigned(mapNode):
     """Whether a map speaks for (positive) and against (negative) the target, and not only for it."""
     return mapNode.GetAttribute("MedXAI.Signed") == "1"
@@ -165,6 +180,11 @@ def safeName(name):
 def safeText(text):
     """A text of the same length that a scene can hold: one with other characters in it cannot be read again."""
     return re.sub("[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
+
+
+def _cell(text):
+    # Tables are saved as text, where tabs, line ends and quotes would shift the columns.
+    return " ".join(safeText(text).replace('"', "'").split())
 
 
 def addSummary(node, about):

@@ -59,6 +59,7 @@ class ResultPanel(Panel):
         self.ui.emptyLabel.text = {
             None: _("Choose an explanation above, or ask for one, to see where in the scan it lies."),
             "Caption": _("This explanation is in words: see the tab Words."),
+            "ConceptScores": _("This explanation is by concepts: see the tab Words."),
             "SimilarCases": _("This explanation is by similar cases: see the tab Cases."),
         }.get(kind, "")
         isMap = kind == "SaliencyMap"
