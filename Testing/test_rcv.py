@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -13,6 +15,8 @@ from sklearn.metrics import r2_score
 from test_tcav import SCAN, Squared, write_table
 
 import MedXAILib as mx
+from MedXAILib import resources
+from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, SPACING_MM, Backgrounds, synthesise
 from MedXAILib.textual.concept_method import Found
 from MedXAILib.textual.concept_sets import MEASURES, measured
 from MedXAILib.textual.rcv import RCV, _relevance, explained
@@ -175,3 +179,24 @@ def test_segmentations_of_a_table_are_measured(tmp_path) -> None:
     sitk.WriteImage(empty, str(tmp_path / "mask 3.nrrd"))
     with pytest.raises(mx.MedXAIError, match=r"Row 5 of .*no voxel in the scan"):
         rcv(model(), table, concepts="volume_ml")
+
+
+@pytest.mark.slow
+def test_shipped_network_knows_what_its_rule_rests_on() -> None:
+    made = synthesise(Backgrounds.test(), 300, 811)
+    there = (made.labels > 0).nonzero()[:, 0]
+    attributes = dict(zip(ATTRIBUTES, made.attributes[there].T.double().numpy(), strict=True))
+    attributes["spiculation"] = (attributes["spiculation"] > 0).astype(float)
+    affine = np.diag([SPACING_MM] * 3 + [1.0])
+    given = mx.Examples.of(
+        [mx.Volume(made.images[i], affine) for i in there], attributes, [CLASSES[made.labels[i]] for i in there]
+    )
+    network = replace(mx.load_model(resources.path("Models/lung_nodule")), preprocessing=None)
+    asked = {"examples": given, "explained": "class", "maps": "none", "target": "malignant", "draws": 30}
+    concepts = ("spiculation", "calcification", "diameter_mm > 15")
+    tested = by_name(mx.tell(network, given.scans[0].volume, "tcav", concepts=concepts, **asked))
+    for name, sign in zip(concepts, (1, -1, 1), strict=True):
+        assert tested[name].numbers["q"] < 0.01 and sign * tested[name].score > 0.9
+    known = by_name(mx.tell(network, given.scans[0].volume, "rcv", concepts=("diameter_mm", "margin_mm"), **asked))
+    assert known["diameter_mm"].numbers["r2"] > 0.8 and known["diameter_mm"].score > 1
+    assert abs(known["margin_mm"].score or 0) < 0.1

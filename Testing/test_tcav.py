@@ -195,6 +195,21 @@ def test_random_concepts_get_every_score_and_p_equally_often() -> None:
     assert 0.01 <= np.mean(np.array(gate) <= 0.05) <= 0.09 and 0.4 < np.median(gate) < 0.65
 
 
+@pytest.mark.parametrize("vector", ["logistic", "pattern"])
+def test_accuracy_is_of_what_was_held_out(vector: str) -> None:
+    # With as many features as examples any labels can be told apart, but for those that were not seen.
+    random = np.random.default_rng(2)
+    x, y = random.normal(size=(60, 60)), np.arange(60) % 2 == 1
+    told = [held_out_accuracy(x, random.permutation(y), folds(range(60), random), vector) for _ in range(12)]
+    assert np.mean(told) == pytest.approx(0.5, abs=0.06)
+    x[y] += 1
+    assert held_out_accuracy(x, y, folds(range(60), random), vector) > 0.95
+
+
+def test_p_of_a_permutation_test_counts_what_was_observed() -> None:
+    assert exceeded(1.0, [0.0, 0.2, 0.9]) == 0.25 and exceeded(0.2, [0.0, 0.2, 0.9]) == 0.75
+
+
 def test_scores_of_given_changes() -> None:
     changes, chance = np.array([3.0, -1.0]), np.array([[-1.0, 1.0] * 20, [-2.0, 2.0] * 20])
     spread = sqrt(40 / 39)
