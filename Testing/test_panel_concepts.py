@@ -172,11 +172,11 @@ def slider(panel, name):
 
 
 def said(panel):
-    """What the box says: (what it says or would say, what instead of, score, score instead of) of each class."""
+    """What the box says: (what it says or would say, instead of what, the score) of each class, and the heading."""
     document = qt.QTextDocument()
     document.setHtml(panel.ui.wouldLabel.text)
     plain = document.toPlainText().replace("\xa0", " ")
-    row = r"(benign|malignant)\s+(\S+)(?:\s+instead of (\S+))?\s+\(score (\S+?)(?: instead of (\S+?))?\)"
+    row = r"(benign|malignant)\s+(\S+)(?:\s+instead of (\S+))?\s+\(score (\S+)\)"
     return {found[0]: found[1:] for found in re.findall(row, plain)}, plain.splitlines()[0]
 
 
@@ -192,11 +192,8 @@ def assert_says(panel, values, instead=None):
     found, heading = said(panel)
     for index, name in enumerate(("benign", "malignant")):
         scores, chances = expected(values)
-        wanted = [f"{chances[index]:.0%}", "", f"{scores[index]:+.1f}", ""]
-        if instead is not None:
-            scores, chances = expected(instead)
-            wanted[1], wanted[3] = f"{chances[index]:.0%}", f"{scores[index]:+.1f}"
-        assert list(found[name]) == wanted
+        before = "" if instead is None else f"{expected(instead)[1][index]:.0%}"
+        assert found[name] == (f"{chances[index]:.0%}", before, f"{scores[index]:+.1f}")
     assert heading == ("The network says" if instead is None else "The network would say")
 
 

@@ -12,6 +12,7 @@ slicer = pytest.importorskip("slicer")
 
 import slicer_host  # noqa: E402
 import slicer_scene  # noqa: E402
+from slicer_host import qt  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.description import describe  # noqa: E402
@@ -391,3 +392,51 @@ def test_regions_are_asked_as_boxes_and_masks(scan, mask):
     assert given["data"].shape == (1, 6, 7, 24) and given["data"].all()
     for value in (3, "slic", (10.0, 5.0), [1, 2], ()):
         assert regions.asParameter(scan, value) is value
+
+
+def test_methods_are_listed_by_what_they_answer_with(module, scan):
+    box = module.explainPanel.ui.methodSelector
+    listed, heading = {}, ""
+    for index in range(box.count):
+        method = box.itemData(index)
+        heading = heading if method else box.itemText(index)
+        if method:
+            listed.setdefault(heading, []).append(method)
+    assert sorted(m for of_it in listed.values() for m in of_it) == sorted(mx.methods())
+    kinds = {heading: {mx.methods()[m].kind for m in of_it} for heading, of_it in listed.items()}
+    assert kinds["Where: a map"] == {"SaliencyMap"} and {"tcav", "rcv", "semantic"} <= {*listed["In words: concepts"]}
+    assert kinds["In words: a caption"] == {"Caption"} and all(len(of_it) == 1 for of_it in kinds.values())
+
+
+def test_caption_is_of_no_answer(module, scan, monkeypatch):
+    panel, targets = module.explainPanel, []
+    box = panel.ui.targetSelector
+    choose(box, "nodule")
+    choose(panel.ui.methodSelector, "captioning")
+    assert not box.enabled and "no answer to choose" in box.toolTip
+    monkeypatch.setattr(panel, "_begin", lambda kind, **asked: targets.append(asked["target"]))
+    panel.ui.explainButton.click()
+    choose(panel.ui.methodSelector, "gradient")
+    panel.ui.explainButton.click()
+    assert targets == [None, "nodule"]
+    assert box.enabled and "to explain" in box.toolTip
+
+
+def test_examples_are_a_file_that_is_part_of_the_question(host, module, scan, tmp_path):
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, "tcav")
+    assert not panel.ui.whereWidget.isHidden() and line(panel.form, "examples") is None
+    explained(host, panel)
+    assert "needs examples of what to look for" in panel.ui.statusLabel.text
+    (browse,) = panel.whereForm.widget.findChildren(qt.QToolButton)
+    table = tmp_path / "examples.csv"
+    table.write_text("volume,bright\nnowhere.nrrd,1\n", encoding="utf-8")
+    host.files.append(str(table))
+    browse.click()
+    assert json.loads(panel.parameterNode.methodParameters)["tcav"] == {"examples": str(table)}
+    explained(host, panel)
+    assert "nowhere.nrrd" in panel.ui.statusLabel.text
+    choose(panel.ui.methodSelector, "gradient")
+    assert panel.ui.whereWidget.isHidden()
+    choose(panel.ui.methodSelector, "tcav")
+    assert panel.whereForm.values() == {"examples": str(table)}

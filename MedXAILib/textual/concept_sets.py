@@ -151,7 +151,7 @@ ExampleSource = Annotated[
     Any,
     PlainValidator(_source),
     PlainSerializer(lambda v: v if isinstance(v, str) else f"examples {v.fingerprint}", return_type=str),
-    WithJsonSchema({"type": "string", "format": "examples"}),
+    WithJsonSchema({"type": "string", "format": "file"}),
     Field(
         description="what concepts look like: a CSV file (columns volume, region, label, and one for each concept), a "
         f"folder with a folder of scans for each concept and one called {RANDOM}, or a segmentation of the scan"

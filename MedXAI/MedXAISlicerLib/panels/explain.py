@@ -12,10 +12,16 @@ from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson, trusts
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
 
-_FAMILIES = {"visual": _("Where"), "textual": _("In words"), "example-based": _("By example")}
+_ANSWERS = {
+    "SaliencyMap": _("Where: a map"),
+    "Caption": _("In words: a caption"),
+    "ConceptScores": _("In words: concepts"),
+    "SimilarCases": _("By example: similar cases"),
+}
 
-# The formats of parameters that say where: they are part of the question, and not of how it is answered.
-_WHERE = ("region", "mask")
+# The formats of parameters that say where, or by which examples: they are part of the question, and not of how it is
+# answered.
+_ASKED = ("region", "mask", "file")
 
 # A role that Qt itself reads the flags of an item from: 0 makes it a heading.
 _FLAGS = qt.Qt.UserRole - 1
@@ -80,12 +86,12 @@ class ExplainPanel(Panel):
     # What can be chosen
 
     def _fillMethods(self):
-        """List the methods as the survey groups them."""
+        """List the methods by what they answer with."""
         box = self.ui.methodSelector
         box.blockSignals(True)
         box.clear()
-        for family, heading in _FAMILIES.items():
-            of_it = [m for m in self.logic.methods.values() if m["taxonomy"]["family"] == family]
+        for kind, heading in _ANSWERS.items():
+            of_it = [m for m in self.logic.methods.values() if m["kind"] == kind]
             if not of_it:
                 continue
             box.addItem(heading)
@@ -193,7 +199,7 @@ class ExplainPanel(Panel):
         self.ui.methodInfoLabel.toolTip = self.ui.methodSelector.toolTip = described(method)
         layers = self.chooser.model["layers"] if self.chooser.model else ()
         changed = self._changedParameters()
-        where = [parameter for parameter in method["parameters"] if parameter["format"] in _WHERE]
+        where = [parameter for parameter in method["parameters"] if parameter["format"] in _ASKED]
         self.form.show([p for p in method["parameters"] if p not in where], changed, layers)
         self.whereForm.show(where, changed)
         self.ui.whereWidget.visible = bool(where)
@@ -251,6 +257,10 @@ class ExplainPanel(Panel):
         """What kind of answer the network gives; None as long as nobody knows."""
         return self.chooser.model["task"] if self.chooser.model else None
 
+    def _hasTarget(self):
+        """Whether the chosen method is asked about one of the answers."""
+        return self.logic.methods.get(self.parameterNode.method, {}).get("kind") != "Caption"
+
     def _lacking(self):
         """What has still to be chosen, in words; empty when nothing."""
         chosen = self.parameterNode
@@ -282,6 +292,12 @@ class ExplainPanel(Panel):
             widget.visible = chosen.regionKind == kind
         ui.regionWidget.visible = chosen.regionKind != "whole"
         self.labelChooser.update(self._task() == "segmentation")
+        ui.targetSelector.enabled = self._hasTarget()
+        ui.targetSelector.toolTip = (
+            _("The answer to explain: what speaks for it, and against it")
+            if self._hasTarget()
+            else _("A caption is all that the network says: there is no answer to choose.")
+        )
         ui.explainButton.enabled = busy or not lacking
         ui.predictButton.enabled = not busy and not lacking
         if busy:
@@ -319,7 +335,7 @@ class ExplainPanel(Panel):
         self._begin(
             asking.Explaining,
             method=chosen.method,
-            target=chosen.target or None,
+            target=(chosen.target or None) if self._hasTarget() else None,
             parameters=self._changedParameters(),
             label=self.labelChooser.label(),
             anytime=self.logic.methods[chosen.method]["anytime"],

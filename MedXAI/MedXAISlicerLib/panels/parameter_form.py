@@ -3,6 +3,7 @@
 import math
 import re
 
+import ctk
 import qt
 from slicer.i18n import tr as _
 
@@ -110,6 +111,12 @@ class ParameterForm:
         line.placeholderText = _typed(parameter["default"]) or _("as suits the scan")
         line.connect("editingFinished()", self._changed)
         return line, lambda: _numbersOf(line.text) or parameter["default"]
+
+    def _file(self, parameter, value):
+        line = ctk.ctkPathLineEdit()
+        line.currentPath = value or ""
+        line.connect("currentPathChanged(QString)", self._changed)
+        return line, lambda: line.currentPath or parameter["default"]
 
     def _region(self, parameter, value):
         # The name of a file, which scripts may give, is no node.

@@ -69,8 +69,7 @@ class WhatIf:
             before, after = (f"{p:.0%}" if percent else f"{p:.3g}" for p in (now[of], then[of]))
             cells = [f"<b>{after}</b>", _("instead of {before}").format(before=before) if isChanged else ""]
             if percent:
-                said = _("score {after:+.1f} instead of {before:+.1f}") if isChanged else _("score {after:+.1f}")
-                cells.append(f"({said.format(after=would[of], before=says[of])})")
+                cells.append(_("(score {score:+.1f})").format(score=would[of]))
             rows += f"<tr>{''.join(f'<td>{cell}&nbsp;&nbsp;</td>' for cell in (escape(of), *cells))}</tr>"
         heading = _("The network would say") if isChanged else _("The network says")
         self._ui.wouldLabel.text = f"{heading}<table>{rows}</table>"

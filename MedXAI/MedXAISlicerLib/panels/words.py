@@ -12,8 +12,8 @@ from MedXAISlicerLib.panels.concept_table import ConceptTable
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.what_if import WhatIf
 
-# How high a text is before it is scrolled, pixels.
-_LEAST, _MOST = 120, 420
+# How high a text is, pixels; what is longer is scrolled.
+_LEAST, _MOST = 80, 420
 
 
 class WordsPanel(Panel):
@@ -81,7 +81,7 @@ class WordsPanel(Panel):
 
     def _onSize(self, size):
         wanted = size.height() + 2 * self.ui.textBrowser.frameWidth
-        self.ui.textBrowser.minimumHeight = int(min(max(wanted, _LEAST), _MOST))
+        self.ui.textBrowser.setFixedHeight(int(min(max(wanted, _LEAST), _MOST)))
 
     def _onHideMap(self, _checked):
         for mapNode in results.maps(self.node):
