@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ import MedXAILib as mx
 from MedXAILib import resources
 from MedXAILib.networks.attention_classifier import AttentionClassifier
 from MedXAILib.networks.attention_gate import AttentionGate
-from MedXAILib.training import attention_classifier
+from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
+from MedXAILib.training import attention_classifier, attention_segmentation
 from MedXAILib.training.table import Patches
 from MedXAILib.window import Window
 
@@ -349,3 +352,80 @@ def test_each_gate_learns_by_itself() -> None:
         told = features @ weights["attribute_head.weight"].T + weights["attribute_head.bias"]
         losses.append(-np.log(likelihood).mean() + np.square(told - true)[1:].mean())
     assert found.item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@cache
+def unseen() -> Nodules:
+    """24 patches of the patient that nobody trained on, of a seed that nobody looked at."""
+    return synthesise(Backgrounds.test(), 24, seed=104)
+
+
+@cache
+def shipped(name: str) -> mx.Model:
+    return mx.load_model(resources.path(f"Models/{name}"))
+
+
+def metrics(name: str) -> dict[str, float]:
+    return json.loads((resources.path(f"Models/{name}") / "configs/metadata.json").read_text("utf-8"))["eval_metrics"]
+
+
+def hits(name: str, **parameters: Any) -> tuple[float, float]:
+    """Of the nodules among `unseen`: in how many the map is largest in the nodule, and how many times as large it is
+    there on average as elsewhere."""
+    model, patches = mx.Model(shipped(name).network, task=shipped(name).task), unseen()
+    lesions = [(image, mask) for image, mask in zip(patches.images, patches.masks, strict=True) if bool(mask.any())]
+    inside, ratio = [], []
+    for image, mask in lesions:
+        made = mx.explain(model, image, "attention", target=TARGETS[name], **parameters).data
+        inside.append(bool(mask.flatten()[made.argmax()]))
+        ratio.append(float(made[mask].mean() / made[~mask].mean()))
+    assert len(lesions) == 16
+    return float(np.mean(inside)), float(np.mean(ratio))
+
+
+TARGETS = {"lung_nodule_attention": 2, "lung_nodule_attention_segmentation": EVERYWHERE}
+
+
+def test_attention_costs_no_accuracy() -> None:
+    gated, plain = metrics("lung_nodule_attention"), metrics("lung_nodule")
+    for key in ("accuracy", "borderline_accuracy"):
+        assert gated[key] >= plain[key] - 0.01
+    card = resources.path("Models/lung_nodule_attention/docs/README.md").read_text("utf-8")
+    assert f"| accuracy, three classes | {gated['accuracy']:.3f} | {gated['borderline_accuracy']:.3f} |" in card
+    with torch.no_grad():
+        guessed = shipped("lung_nodule_attention").network(unseen().images).argmax(1)
+    assert float((guessed == unseen().labels).float().mean()) >= 0.85
+
+
+def test_both_gates_of_the_shipped_classifier_attend_to_the_nodule() -> None:
+    measured = metrics("lung_nodule_attention")
+    for gate in UNITS:
+        assert measured[f"{gate}_pointing"] >= 0.9 and measured[f"borderline_{gate}_pointing"] >= 0.9
+        assert measured[f"{gate}_mass"] >= 0.7
+    for gates in ((), (0,), (1,)):
+        pointing, ratio = hits("lung_nodule_attention", gates=gates)
+        assert pointing >= 0.9 and ratio > 20
+
+
+def test_both_gates_of_the_shipped_segmentation_attend_to_the_nodule() -> None:
+    name = "lung_nodule_attention_segmentation"
+    measured, plain = metrics(name), metrics("lung_nodule_segmentation")
+    assert measured["dice"] >= plain["dice"] and measured["borderline_dice"] >= plain["borderline_dice"]
+    found = attention_segmentation.measure(shipped(name).network, unseen())
+    assert found["dice"] >= 0.75
+    for gate in UNITS:
+        for numbers in (measured, found):
+            assert numbers[f"{gate}_inside"] >= numbers[f"{gate}_outside"] + 0.12
+    pointing, ratio = hits(name)
+    assert pointing >= 0.9 and ratio > 1.4
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_by_default_the_real_nodule_is_attended_to_in_the_scan_as_it_is(name: str) -> None:
+    whole, mask = (mx.load_volume(resources.path(f"SampleData/chest_ct_nodule{end}.nrrd")) for end in ("", "_mask"))
+    lesion = mask.data[0].nonzero().numpy()
+    centre = tuple(whole.to_point(lesion.mean(0)))
+    made = mx.explain(shipped(name), whole, "attention", TARGETS[name], region=centre).data[0]
+    peak = np.array(np.unravel_index(int(made.argmax()), made.shape))
+    # A unit of the network is 5 mm or less, as is a slice of the scan.
+    assert np.linalg.norm((lesion - peak) * whole.spacing, axis=1).min() <= 5
