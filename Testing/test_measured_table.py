@@ -142,7 +142,8 @@ def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path: Path) ->
     assert "- Attention rollout: it has none" in text
     assert "| Grad-CAM |" not in text and ", Grad-CAM," in text.split("Not measured yet")[1].split("\n")[0]
     assert "Measured on: G, P (2 cores)." in text
-    # The lights are those of today's limits, 0.8 and 0.4. A limit just above 0.3 lets none of the noise by, and two of the three maps of the methods.
+    # The lights are those of today's limits, 0.8 and 0.4.
+    # A limit just above 0.3 lets none of the noise by, and two of the three maps of the methods.
     assert f"| faithfulness | from {LIMITS['faithfulness'].good:g} | 0, 0, 2 | 0, 2, 1 | from 0.31 | 67% |" in text
     assert "| faithfulness | 3 | 0.87 |" in text and "| hit |" not in text
 
