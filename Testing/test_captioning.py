@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +17,12 @@ from conftest import make_model, oblique_affine
 from torch import Tensor, nn
 
 import MedXAILib as mx
+from MedXAILib.grid import resample
 from MedXAILib.networks.captioner import END, Attention, Captioner
 from MedXAILib.request import _of_target
 from MedXAILib.resources import path
 from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
-from MedXAILib.synthetic.sentences import FINDINGS, facts_of, sentence, vocabulary
+from MedXAILib.synthetic.sentences import FINDINGS, facts_of, read, sentence, vocabulary
 from MedXAILib.target import from_spec
 from MedXAILib.textual.generator import External, Token, numbered
 from MedXAILib.training import captioner
@@ -86,11 +88,12 @@ def test_a_word_depends_on_the_words_before_and_not_on_those_after(attention: bo
 
 
 @KINDS
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 3, 7])
 def test_a_wide_beam_finds_the_most_probable_of_all_captions(attention: bool, seed: int) -> None:
     network = small(attention, seed)
     with torch.no_grad():
-        features = network(image(2, seed))
+        network.speak.bias[END] -= 1
+        features = 6 * torch.randn(2, 8, 2, 2, 2, generator=torch.Generator().manual_seed(seed)).double()
         found = network.beam(features, width=4**4, longest=4)
         greedy = network.beam(features, width=1, longest=4)
         for i in range(2):
@@ -116,6 +119,31 @@ def test_attention_and_sentinel_share_what_there_is_to_look_at() -> None:
         torch.testing.assert_close(looked.seen, torch.einsum("ntdhw,nkdhw->ntk", share, features))
         torch.testing.assert_close(scores, network.log_probabilities(features, torch.tensor([[1, 2], [3, 0]])))
     assert small(False).attended(features, torch.tensor([[1], [2]]))[1] is None
+
+
+def test_attention_is_that_of_the_papers_word_by_word_and_place_by_place() -> None:
+    # Lu et al. 2017, equations 9 to 12, with dot products, and a second attention over tokens of the findings.
+    network, said = small(True), [END, 2, 3]
+    with torch.no_grad():
+        features = network(image())
+        places = features[0].flatten(1).T
+        ends = torch.cat([features[0].flatten(1).mean(1), features[0].flatten(1).amax(1)])
+        size, calcified = network.finding_head(ends)[:2].softmax(0), network.finding_head(ends)[2:].softmax(0)
+        tokens = torch.stack([size @ network.tokens[:2], calcified @ network.tokens[2:]])
+        h = c = torch.zeros(1, 6).double()
+        expected = []
+        for word in said:
+            x, before = network.words.weight[word][None], h
+            h, c = network.cell(x, (h, c))
+            s = network.gate(torch.cat([x, before], 1)).sigmoid() * c.tanh()
+            q = network.query(h)[0]
+            scores = [float(q @ network.key(v)) for v in places] + [float(q @ network.sentinel_key(s)[0])]
+            *alpha, beta = (torch.tensor(scores).double() / math.sqrt(8)).softmax(0)
+            seen = sum(a * v for a, v in zip(alpha, places, strict=True))
+            second = torch.stack([network.token_query(h)[0] @ t for t in tokens]).div(math.sqrt(6)).softmax(0) @ tokens
+            expected.append(network.speak(h[0] + network.value(seen) + beta * s[0] + second).log_softmax(0))
+        found = network.log_probabilities(features, torch.tensor([said[1:]]))
+    torch.testing.assert_close(found[0], torch.stack(expected))
 
 
 def test_the_second_look_can_be_left_out_sample_by_sample() -> None:
@@ -157,6 +185,18 @@ def test_the_gradient_of_a_word_is_that_of_finite_differences(attention: bool, w
             difference = float(value(x + step * direction) - value(x - step * direction)) / (2 * step)
     assert abs(difference) > 1e-6
     assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-4)
+
+
+def test_changed_samples_are_asked_about_their_own_captions() -> None:
+    # A perturbation method asks about the samples over and over, in their order.
+    network = small(True)
+    with torch.no_grad():
+        features = network(image(2))
+        bound = mx.CaptionTarget(caption=("a large", "nodule")).bind(mx.Model(network, "captioning"), features, [])
+        own = bound.value(features)
+        expected = [log_probability(network, features[i : i + 1], said) for i, said in enumerate(([1, 2, 0], [3, 0]))]
+        torch.testing.assert_close(own, torch.tensor(expected).double())
+        torch.testing.assert_close(bound.value(features.repeat(3, 1, 1, 1, 1)), own.repeat(3))
 
 
 @pytest.mark.parametrize("method", ["hirescam", "integrated_gradients", "occlusion", "lrp"])
@@ -318,7 +358,8 @@ def test_attention_that_is_not_what_a_word_comes_from_is_found_out() -> None:
     (note,) = lying.provenance.notes
     assert "of 'left' marks is hardly what the word comes from" in note and "right" not in note
     unchecked = mx.tell(looker(), volume, "visual_captioning", check=False)
-    assert isinstance(unchecked, mx.Caption) and set(unchecked.words[1].numbers) == {"sentinel", "rank correlation"}
+    assert isinstance(unchecked, mx.Caption) and {"sentinel", "rank correlation"} < set(unchecked.words[1].numbers)
+    assert not any("deletion" in name for word in unchecked.words for name in word.numbers)
 
 
 def test_words_that_need_no_image_have_no_map() -> None:
@@ -327,9 +368,12 @@ def test_words_that_need_no_image_have_no_map() -> None:
     assert isinstance(told, mx.Caption)
     assert [w.map for w in told.words] == [None, 0, 1]
     np.testing.assert_allclose(told.words[2].place, point(volume, Looker.places[2]), atol=1e-4)
-    assert mx.tell(model, volume, "captioning", least=50.0).words == tuple(  # type: ignore[attr-defined]
-        mx.Word(w.text, w.start, w.end, w.confidence) for w in told.words
+    # Without the image all four words and the end are alike probable where the image decides.
+    assert [w.numbers["change by the image"] for w in told.words] == pytest.approx(
+        [0.0, *(math.log(w.confidence or 0) + math.log(5) for w in told.words[1:])], abs=1e-5
     )
+    blind = mx.tell(model, volume, "captioning", least=50.0)
+    assert isinstance(blind, mx.Caption) and [w.map for w in blind.words] == [None] * 3 and blind.maps.numel() == 0
 
 
 def test_what_a_person_would_have_said_is_explained_too() -> None:
@@ -471,3 +515,49 @@ def test_word_vectors_are_what_the_embedding_begins_with(tmp_path: Path) -> None
         file.write_text(text, encoding="utf-8")
         with pytest.raises(mx.MedXAIError, match=match):
             read_word_vectors(file, vocabulary())
+
+
+NODULE = (21.9, 120.5, -611.5)
+"""Of the chest CT, RAS mm."""
+
+
+@cache
+def shipped(name: str) -> mx.Model:
+    return mx.load_model(path(f"Models/{name}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lung_nodule_captioning", "lung_nodule_visual_captioning"])
+def test_the_shipped_networks_tell_what_is_in_the_other_patient(name: str) -> None:
+    model = shipped(name)
+    assert model.task == "captioning" and model.patch_size == (40, 40, 40)
+    # Patches that nobody has looked at.
+    found = captioner.measure(model.network.eval(), synthesise(Backgrounds.test(), 120, seed=101))  # type: ignore[arg-type]
+    assert found["bleu_4"] >= 0.7
+    assert min(found[f"f1_{finding}"] for finding in ("size", "solidity", "calcification")) >= 0.8
+    assert found["shuffled_bleu_4"] <= 0.7 * found["bleu_4"]
+    assert found["shuffled_f1_all"] < 0.4 and found["most_frequent_f1_all"] < 0.4
+    if "visual" in name:
+        assert found["pointing"] >= 0.85 and found["gradient_pointing"] >= 0.85
+        assert found["sentinel_finding"] < 0.1 and found["sentinel_function"] > 0.9
+
+
+def test_the_real_nodule_is_described_and_every_finding_is_seen_in_it() -> None:
+    scan, nodule = (mx.load_volume(path(f"SampleData/chest_ct_nodule{end}.nrrd")) for end in ("", "_mask"))
+    told = mx.tell(shipped("lung_nodule_visual_captioning"), scan, "visual_captioning", region=NODULE)
+    assert isinstance(told, mx.Caption)
+    facts = read(told.text)
+    assert facts["nodule"] == "present" and set(facts) == set(FINDINGS)
+    # Of 1.36 mL, which is 13.8 mm across as a sphere, and called spiculated by the classifier, too.
+    assert facts["size"] == "medium" and facts["spiculation"] == "present" and facts["calcification"] == "absent"
+    mask = resample(nodule.data.ne(0).float(), nodule.affine, scan.shape, scan.affine, nearest=True)[0]
+    seen = [word for word in told.words if word.map is not None]
+    assert len(seen) >= 5
+    for word in seen:
+        assert word.place is not None
+        at = np.linalg.solve(scan.affine, (*word.place, 1))[:3].round().astype(int)
+        assert mask[tuple(at)] == 1, word.text
+    assert all(word.numbers["sentinel"] > 0.5 for word in told.words if word.map is None)
+    decided = [word for word in seen if "attention: deletion check" in word.numbers]
+    assert {"spiculated"} <= {word.text for word in decided}
+    assert all(word.numbers["attention: deletion check"] > 0.15 for word in decided)

@@ -27,6 +27,7 @@ from MedXAILib.textual.tokens import written
 from MedXAILib.visual.hirescam import HiResCAM
 from MedXAILib.volume import Volume
 
+_IMAGE = "change by the image"
 _STEPS = 6
 """Points of the curves of the deletion check: few, because every word has one."""
 _FAIR = 0.15
@@ -36,8 +37,8 @@ _FAIR = 0.15
 class Captioning(Teller):
     """What does a captioning network say, how sure is it of each word, and where does the word come from?
 
-    A word has a map if the network would find it much less, or much more, probable had it seen nothing (features of 0):
-    others follow from the words before them. The map is HiResCAM of the word's log-probability.
+    A word comes from the image if the network would find it less, or more, probable had it seen nothing (features of
+    0); others follow from the words before them. The map of the former is HiResCAM of the word's log-probability.
     """
 
     id: ClassVar[str] = "captioning"
@@ -56,7 +57,7 @@ class Captioning(Teller):
 
     width: int = Field(3, ge=1, le=20, description="beams of the search for the most probable caption")
     least: float = Field(
-        0.1, ge=0, description="change of a word's log-probability, without the image, from which it has a map"
+        0.1, ge=0, description="what the image changes in a word's log-probability, from which the word comes from it"
     )
     check: bool = Field(True, description="whether to delete what each map marks and see if the word goes")
 
@@ -68,9 +69,9 @@ class Captioning(Teller):
         question.bound = asked.bound
         words = numbered(network, [_said(asked)]).to(features.device)
         with torch.no_grad():
-            seen = _of_words(network, features, words)
-            grounded = self.grounded(network, features, words, seen)
-        maps, numbers = self.maps(asked, features, words, grounded)
+            seen, blind = (_of_words(network, f, words) for f in (features, torch.zeros_like(features)))
+        numbers = {t: {_IMAGE: change} for t, change in enumerate((seen - blind).tolist())}
+        maps = self.maps(asked, features, words, numbers)
         return self._caption(asked, spoken(network, words[0]), seen.exp().tolist(), maps, numbers, volume)
 
     def _settled(self, question: Question, network: Decoder) -> tuple[Tensor, Question]:
@@ -85,18 +86,19 @@ class Captioning(Teller):
         asked.bind()
         return features, asked
 
-    def grounded(self, network: Decoder, features: Tensor, words: Tensor, seen: Tensor) -> list[int]:
-        """The indices of the words that come from the image."""
-        blind = _of_words(network, torch.zeros_like(features), words)
-        return ((seen - blind).abs() >= self.least).nonzero()[:, 0].tolist()
-
     def maps(
-        self, question: Question, features: Tensor, words: Tensor, grounded: Sequence[int]
-    ) -> tuple[dict[int, Tensor], dict[int, dict[str, float]]]:
-        """The map (1, 1, *spatial) on the network's input grid of each of the words `grounded`, and what else is known
-        of each word by name."""
-        maps = self.gradients(question, grounded)
-        return maps, {t: self.checked(question, t, {"gradient": map}) for t, map in maps.items()}
+        self, question: Question, features: Tensor, words: Tensor, numbers: dict[int, dict[str, float]]
+    ) -> dict[int, Tensor]:
+        """The map (1, 1, *spatial) on the network's input grid of each word that has one; what is found out about words
+        on the way is added to the `numbers` of each."""
+        maps = self.gradients(question, [t for t in numbers if self.from_image(numbers[t])])
+        for t, map in maps.items():
+            numbers[t] |= self.checked(question, t, {"gradient": map})
+        return maps
+
+    def from_image(self, numbers: dict[str, float]) -> bool:
+        """Whether a word with these numbers comes from the image."""
+        return abs(numbers[_IMAGE]) >= self.least
 
     def gradients(self, question: Question, words: Sequence[int]) -> dict[int, Tensor]:
         """HiResCAM of the log-probability of each word."""

@@ -6,7 +6,6 @@ multimodal justification using visual word constraint model", 2019, for medical 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,14 +16,13 @@ from MedXAILib.engines.receptive_field import Following, Geometry, geometry_of
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question, Taxonomy
 from MedXAILib.textual.captioning import Captioning
-from MedXAILib.textual.generator import Decoder
 from MedXAILib.trust.likeness import Looks, likeness
 
 
 class VisualCaptioning(Captioning):
     """Where does a network look for each word, and does the word come from there?
 
-    A word has a map if it takes more from the image than from the sentinel, which stands for the words before.
+    A word has a map if it takes more from the image than from the sentinel, which stands for the words before it.
     Attention need not be what a word comes from: beside it is HiResCAM of the word's log-probability, what the deletion
     of either map does to the word, and how far the two agree.
     """
@@ -47,24 +45,24 @@ class VisualCaptioning(Captioning):
     )
     sentinel: float = Field(0.5, gt=0, le=1, description="share of the sentinel from which a word has no map")
 
-    def grounded(self, network: Decoder, features: Tensor, words: Tensor, seen: Tensor) -> list[int]:
-        return (_attended(network, features, words).sentinel[0, :-1] < self.sentinel).nonzero()[:, 0].tolist()
-
     def maps(
-        self, question: Question, features: Tensor, words: Tensor, grounded: Sequence[int]
-    ) -> tuple[dict[int, Tensor], dict[int, dict[str, float]]]:
+        self, question: Question, features: Tensor, words: Tensor, numbers: dict[int, dict[str, float]]
+    ) -> dict[int, Tensor]:
         looked = _attended(question.model.network, features, words)
         placed = _geometry(question, features).place(looked.grid[0, :-1, None], question.x.shape[2:])
-        gradients = self.gradients(question, grounded)
-        numbers = {t: {"sentinel": float(share)} for t, share in enumerate(looked.sentinel[0, :-1])}
+        for t, share in enumerate(looked.sentinel[0, :-1].tolist()):
+            numbers[t]["sentinel"] = share
+        gradients = self.gradients(question, [t for t in numbers if numbers[t]["sentinel"] < self.sentinel])
         shown = {}
         for t, gradient in gradients.items():
             attention = placed[t : t + 1]
-            numbers[t] |= self.checked(question, t, {"attention": attention, "gradient": gradient})
+            # What needs no image cannot go with a part of it.
+            if self.from_image(numbers[t]):
+                numbers[t] |= self.checked(question, t, {"attention": attention, "gradient": gradient})
             numbers[t]["rank correlation"] = likeness(Looks.of(attention.cpu()), Looks.of(gradient.cpu()))["rank"]
             both = (attention / attention.amax() * gradient / gradient.amax().clamp_min(1e-12)).sqrt()
             shown[t] = {"attention": attention, "gradient": gradient, "both": both}[self.show]
-        return shown, numbers
+        return shown
 
 
 def _attended(network: Any, features: Tensor, words: Tensor) -> Any:
