@@ -285,7 +285,6 @@ def explain(
     given = dict(map(_pair, settings or ()))
     with _live(device=device, seed=seed, memory_budget=None if memory is None else _bytes(memory)) as run:
         from MedXAILib.explanation import SaliencyMap, written_whole
-        from MedXAILib.registry import EXPLAINERS
         from MedXAILib.report.case import show, write
         from MedXAILib.report.localisation import centre
         from MedXAILib.report.told import write_told
@@ -293,8 +292,6 @@ def explain(
         from MedXAILib.volume import load_volume
 
         parameters = _parameters(method, given)
-        if check and EXPLAINERS[method].kind != "SaliencyMap":
-            raise MedXAIError(f"Only maps can be checked: ask {method} without --check.")
         run.step(0, 1, "Reading the network and the scan")
         network = _load(model, trust)
         scan = load_volume(volume[0] if len(volume) == 1 else volume)
@@ -307,8 +304,9 @@ def explain(
             prediction = network.predict(scan, where)
             found = tell(network, scan, method, _target(network, target, versus), where, run, **parameters)
             if not isinstance(found, SaliencyMap):
+                card = _told_card(found, network, scan, run) if check else None
                 run.step(0, 1, "Writing")
-                write_told(folder, scan, found, prediction, format.value)
+                write_told(folder, scan, found, prediction, card, format.value)
             else:
                 card = _card(found, network, scan, mask, run) if check else None
                 run.step(0, 1, "Writing")
@@ -317,7 +315,7 @@ def explain(
     if isinstance(found, SaliencyMap):
         _report(shown, prediction, out)
     else:
-        _tell(found, out)
+        _tell(found, card, out)
 
 
 @app.command()
@@ -494,7 +492,15 @@ def _card(found: SaliencyMap, network: Model, scan: Volume, mask: Volume | None,
     return trust_card(Judged(found, network, scan, mask, replace(run)))
 
 
-def _tell(found: Explanation, out: Path) -> None:
+def _told_card(found: Explanation, network: Model, scan: Volume, run: Run) -> TrustCard:
+    from MedXAILib.trust.card import TrustCard
+    from MedXAILib.trust.telling import judge
+
+    own = replace(run)
+    return TrustCard((judge(found, network, scan, own),), {}, own.cost.forwards, own.cost.backwards)
+
+
+def _tell(found: Explanation, card: TrustCard | None, out: Path) -> None:
     """What was found in words, by concepts or by cases."""
     from MedXAILib.caption import Caption
     from MedXAILib.concept_scores import ConceptScores
@@ -509,6 +515,8 @@ def _tell(found: Explanation, out: Path) -> None:
         console.print(f"{name.capitalize()}: missed by {missed:.2%}.")
     for note in made.notes:
         console.print(f"Note: {_shown(note)}")
+    if card is not None:
+        console.print(_checked(card))
     _wrote(found, out)
 
 

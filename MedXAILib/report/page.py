@@ -56,7 +56,7 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         said(prediction, made.target_label),
         _picture(shown),
         _meets(shown.localisation),
-        _trust(shown.card),
+        trusted(shown.card),
         _reading(shown.explanation),
         checks(shown.explanation),
         _others(shown, others),
@@ -110,7 +110,8 @@ def _meets(localisation: Localisation | None) -> str:
     return f"<h2>Does it meet the segmentation?</h2>{listed(localisation.words())}"
 
 
-def _trust(card: TrustCard | None) -> str:
+def trusted(card: TrustCard | None) -> str:
+    """What a trust card says; nothing when there is none."""
     if card is None:
         return ""
     items, rows = [], []
@@ -121,9 +122,9 @@ def _trust(card: TrustCard | None) -> str:
             rows.append(f"<tr><th>{escape(found.check)}</th>{cells}</tr>")
     missing = [f"Left out: {CHECKS[name].title} ({why})." for name, why in card.left_out.items()]
     numbers = f"<details><summary>The numbers behind it</summary><table>{''.join(rows)}</table></details>"
-    said = "<p>The lights are about the map: none says that the answer is right.</p>"
+    said = "<p>The lights are about the explanation: none says that the answer is right.</p>"
     lights = f"<ul class=lights>{''.join(items)}</ul>{said}"
-    return f"<h2>How far can the map be trusted?</h2>{lights}{listed(missing)}{numbers}"
+    return f"<h2>How far can it be trusted?</h2>{lights}{listed(missing)}{numbers}"
 
 
 def _lamp(found: Finding) -> str:

@@ -15,7 +15,8 @@ from MedXAILib.model import Prediction
 from MedXAILib.report.case import PAGE
 from MedXAILib.report.methods import question, title
 from MedXAILib.report.montage import montage
-from MedXAILib.report.page import RESEARCH_ONLY, checks, document, listed, picture, provenance, said
+from MedXAILib.report.page import RESEARCH_ONLY, checks, document, listed, picture, provenance, said, trusted
+from MedXAILib.trust.card import TrustCard
 from MedXAILib.volume import Volume
 
 UNSURE = 0.5
@@ -29,11 +30,14 @@ def write_told(
     volume: Volume,
     told: Explanation,
     prediction: Prediction | None = None,
+    card: TrustCard | None = None,
     image_format: ImageFormat = "nrrd",
 ) -> None:
-    """Fill the empty `folder` with an explanation of `volume` in words or by concepts, and its page; others than these
-    two kinds have no page."""
+    """Fill the empty `folder` with an explanation of `volume` in words or by concepts, its trust card, and its page;
+    others than these two kinds have no page."""
     told.save(folder, image_format)
+    if card is not None:
+        card.save(folder)
     if not isinstance(told, Caption | ConceptScores):
         return
     pictures = []
@@ -41,10 +45,15 @@ def write_told(
         shown = montage(volume, one, title=f'Where "{one.provenance.target_label}" is seen')
         shown.save(folder / f"map-{i}.png", optimize=True)
         pictures.append((one.provenance.target_label, shown))
-    (folder / PAGE).write_text(told_page(told, pictures, prediction), encoding="utf-8")
+    (folder / PAGE).write_text(told_page(told, pictures, prediction, card), encoding="utf-8")
 
 
-def told_page(told: Told, pictures: Sequence[tuple[str, Image.Image]], prediction: Prediction | None = None) -> str:
+def told_page(
+    told: Told,
+    pictures: Sequence[tuple[str, Image.Image]],
+    prediction: Prediction | None = None,
+    card: TrustCard | None = None,
+) -> str:
     """The HTML page, UTF-8; `pictures` are of its maps, each with what it is of."""
     made = told.provenance
     name = title(made.method)
@@ -58,6 +67,7 @@ def told_page(told: Told, pictures: Sequence[tuple[str, Image.Image]], predictio
         _caption(told) if isinstance(told, Caption) else _concepts(told),
         said(prediction, made.target_label),
         *(f"<h2>Where “{escape(of)}” is seen</h2>{picture(shown, of)}" for of, shown in pictures),
+        trusted(card),
         _reading(told, bool(pictures)),
         checks(told),
         provenance(told),

@@ -56,12 +56,10 @@ def judge(judged: Judged) -> Finding:
             with torch.enable_grad():
                 alike = alike.with_network(alike.network)
                 alike.layers = (suggest_layer(question),)
-    upper = parts[: max(2, math.ceil(len(parts) / 3))]
-    stage = [name for part in upper for name in part]
+    upper = upper_third(parts)
     found = [
         abs(correlation(own[box], judged.again(model=alike.with_network(network), target=judged.settled).data[box]))
-        for draw in range(DRAWS)
-        for network in cascade(judged.model.network, [stage], x, made.seed * DRAWS + draw)
+        for network in scrambled(judged.model.network, upper, x, made.seed)
     ]
     colour = light(mean(found), _GOOD, _FAIR)
     when = f"({mean(found):.2f} alike) when the upper third of the network's weights was scrambled"
@@ -72,6 +70,18 @@ def judge(judged: Judged) -> Finding:
     }[colour]
     values = {"likeness": mean(found), "lowest": min(found), "highest": max(found)}
     return _finding(sentence, colour, {**values, "layers": len(parts), "scrambled": len(upper)})
+
+
+def upper_third(parts: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+    """Of the layers of a network from the output back; two at least, or only its head would be new."""
+    return parts[: max(2, math.ceil(len(parts) / 3))]
+
+
+def scrambled(network: nn.Module, parts: Sequence[tuple[str, ...]], x: Tensor, seed: int) -> Iterator[nn.Module]:
+    """`DRAWS` copies of `network` of which `parts` have forgotten what they learnt; see `cascade`."""
+    stage = [name for part in parts for name in part]
+    for draw in range(DRAWS):
+        yield from cascade(network, [stage], x, seed * DRAWS + draw)
 
 
 def layers(question: Question) -> list[tuple[str, ...]]:

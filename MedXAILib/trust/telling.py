@@ -1,0 +1,95 @@
+"""Do words, concepts and cases depend on what the network learnt? As `randomisation` asks of maps.
+
+The survey (section 4.3) knows of nobody who has asked this of textual and example-based explanations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import mean
+
+import numpy as np
+
+from MedXAILib.caption import Caption
+from MedXAILib.concept_scores import ConceptScores
+from MedXAILib.errors import MedXAIError
+from MedXAILib.explainer import Question
+from MedXAILib.explanation import Explanation
+from MedXAILib.model import Model
+from MedXAILib.request import check_explained, tell
+from MedXAILib.run import Run
+from MedXAILib.similar_cases import SimilarCases
+from MedXAILib.target import from_spec
+from MedXAILib.trust.finding import Finding, light
+from MedXAILib.trust.randomisation import DRAWS, TITLE, layers, scrambled, upper_third
+from MedXAILib.trust.wording import rouge_l
+from MedXAILib.volume import Volume
+
+# As for maps.
+_GOOD, _FAIR = 0.5, 0.8
+
+
+def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = None) -> Finding:
+    """How alike (see `likeness`) an explanation stays when the upper third of the layers is re-drawn: the mean of
+    three draws.
+
+    Raises:
+        MedXAIError: when `model` or `volume` is not the one that was explained, or the network cannot be re-drawn.
+    """
+    run = run if run is not None else Run()
+    made = told.provenance
+    check_explained(made, model, volume)
+    target = from_spec(made.target)
+    with model.ready(run.device) as device, model.keeping_last():
+        seen = model.prepare(volume, made.region)
+        question = Question(model, seen.x[None].to(device, model.dtype), [seen], [target], run)
+        question.bind()
+        upper = upper_third(layers(question))
+        found = []
+        for draw, network in enumerate(scrambled(model.network, upper, question.x, made.seed)):
+            run.step(draw, DRAWS, "Asking a network that has forgotten")
+            quiet = replace(run, seed=made.seed, progress=None, partial=None)
+            other = model.with_network(network)
+            again = tell(other, volume, made.method, target, made.region, quiet, **made.parameters)
+            found.append(likeness(told, again))
+    alike = mean(found)
+    colour = light(alike, _GOOD, _FAIR)
+    when = f"({alike:.2f} alike) when the upper third of the network's weights was scrambled"
+    sentence = {
+        "good": f"What is said changed {when}: it depends on what the network learnt.",
+        "fair": f"What is said changed only in part {when}: read it with caution.",
+        "poor": f"What is said barely changed {when}: do not read it as evidence.",
+    }[colour]
+    return Finding(
+        "randomisation", TITLE, sentence, colour, {"likeness": alike, "lowest": min(found), "highest": max(found)}
+    )
+
+
+def likeness(one: Explanation, other: Explanation) -> float:
+    """How alike two explanations of one kind are, 0 to 1: of captions ROUGE-L, of concepts the correlation of their
+    scores (sign aside; what has no score counts as 0), of similar cases the share that both name.
+
+    Raises:
+        MedXAIError: for explanations of other kinds.
+    """
+    if isinstance(one, Caption) and isinstance(other, Caption):
+        return rouge_l([_words(other.text)], [[_words(one.text)]])
+    if isinstance(one, ConceptScores) and isinstance(other, ConceptScores):
+        mine, theirs = _scores(one), _scores(other)
+        values = np.array([[mine.get(key, 0.0), theirs.get(key, 0.0)] for key in {**mine, **theirs}]).T
+        even = values.size == 0 or (values.min(axis=1) == values.max(axis=1)).any()
+        return 0.0 if even else abs(float(np.corrcoef(values)[0, 1]))
+    if isinstance(one, SimilarCases) and isinstance(other, SimilarCases):
+        mine_too, theirs_too = ({case.uid for case in cases.cases} for cases in (one, other))
+        return len(mine_too & theirs_too) / max(1, len(mine_too | theirs_too))
+    raise MedXAIError(f"How alike {type(one).__name__} and {type(other).__name__} are has no measure.")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[\w-]+", text.lower()))
+
+
+def _scores(told: ConceptScores) -> Mapping[tuple[str, str], float]:
+    return {(concept.name, concept.layer): concept.score or 0.0 for concept in told.concepts}
