@@ -26,9 +26,13 @@ BUNDLES = ["lung_nodule", "lung_nodule_segmentation"]
 CLEAR, BORDERLINE = 101, 102
 
 
-@cache
-def scan() -> Backgrounds:
-    return Backgrounds.test()
+seen, scan = cache(Backgrounds.training), cache(Backgrounds.test)
+
+
+@pytest.fixture(autouse=True)
+def scans_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backgrounds, "training", seen)
+    monkeypatch.setattr(Backgrounds, "test", scan)
 
 
 @cache
@@ -151,7 +155,8 @@ def test_a_quick_training_goes_all_the_way_to_a_bundle(name: str, tmp_path: Path
     network = ConfigParser(config).get_parsed_content("network_def")
     weights = torch.load(tmp_path / "new" / "bundle" / "models" / "model.pt", weights_only=True)
     network.load_state_dict(weights)
-    recipe, batch = RECIPES[name], synthesise(Backgrounds.training(), 24, seed=50)
+    recipe = RECIPES[name]
+    batch = recipe.synthesise(Backgrounds.training(), recipe.batch, seed=50)
     torch.manual_seed(0)
     before, after = (float(recipe.loss(n.train(), batch).detach()) for n in (recipe.network(), network))
     # This one begins as a smooth interpolation, which takes more than ten steps to better (see test_healthy_tissue).
