@@ -106,6 +106,14 @@ def test_explained_variance_equals_scikit_learn() -> None:
     np.testing.assert_allclose(explained(y, told), r2_score(y, told, multioutput="raw_values"))
 
 
+def test_explained_variance_is_of_what_was_held_out() -> None:
+    random = np.random.default_rng(3)
+    x, one_each = random.normal(size=(60, 60)), [str(i) for i in range(60)]
+    for _ in range(5):
+        found = RCV(draws=30).found(x, random.normal(size=60), one_each, x[0], random)
+        assert found.numbers["r2"] < 0.15
+
+
 def test_p_of_random_measures_is_even() -> None:
     x, _ = planted(40, 0)
     held, random = pooled(x, "mean").numpy(), np.random.default_rng(1)
