@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -335,9 +336,12 @@ def test_training_begins_with_what_the_plain_network_sees() -> None:
 def test_each_gate_learns_by_itself() -> None:
     """The formula in double precision, on what comes out of the gates."""
     network, kept, unknown = classifier(), [], float("nan")
+    nn.init.ones_(network.evidence.block[1].bias)
     for gate in (network.fine, network.coarse):
         gate.register_forward_hook(lambda _module, _inputs, output: kept.append(output.detach().double().numpy()))
-    labels, true = np.array([0, 1, 2]), np.arange(21.0).reshape(3, 7)
+    for head in (network.class_head, network.attribute_head):
+        nn.init.normal_(head.weight)
+    labels, true = np.array([0, 1, 2]), np.linspace(-1, 1, 21).reshape(3, 7)
     true[0] = unknown
     patches = Patches(scan(3, 1, 24, 24, 32), torch.tensor(labels), torch.tensor(true).float(), None, [""] * 3)
     found = attention_classifier.loss(network, patches)
@@ -362,7 +366,9 @@ def unseen() -> Nodules:
 
 @cache
 def shipped(name: str) -> mx.Model:
-    return mx.load_model(resources.path(f"Models/{name}"))
+    model = mx.load_model(resources.path(f"Models/{name}"))
+    model.network.eval()
+    return model
 
 
 def metrics(name: str) -> dict[str, float]:
@@ -392,6 +398,8 @@ def test_attention_costs_no_accuracy() -> None:
         assert gated[key] >= plain[key] - 0.01
     card = resources.path("Models/lung_nodule_attention/docs/README.md").read_text("utf-8")
     assert f"| accuracy, three classes | {gated['accuracy']:.3f} | {gated['borderline_accuracy']:.3f} |" in card
+    page = (Path(__file__).parents[1] / "docs/demo-networks.md").read_text("utf-8")
+    assert f"| **{gated['accuracy']:.3f}** | **{gated['borderline_accuracy']:.3f}** |" in page
     with torch.no_grad():
         guessed = shipped("lung_nodule_attention").network(unseen().images).argmax(1)
     assert float((guessed == unseen().labels).float().mean()) >= 0.85
@@ -412,7 +420,7 @@ def test_both_gates_of_the_shipped_segmentation_attend_to_the_nodule() -> None:
     measured, plain = metrics(name), metrics("lung_nodule_segmentation")
     assert measured["dice"] >= plain["dice"] and measured["borderline_dice"] >= plain["borderline_dice"]
     found = attention_segmentation.measure(shipped(name).network, unseen())
-    assert found["dice"] >= 0.75
+    assert found["dice"] >= 0.8
     for gate in UNITS:
         for numbers in (measured, found):
             assert numbers[f"{gate}_inside"] >= numbers[f"{gate}_outside"] + 0.12
