@@ -15,7 +15,7 @@ from MedXAILib.textual.intervention import carry_decision, intervened, probabili
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "ordinal", "regression"])
-@pytest.mark.parametrize("size", [1.0, 900.0])
+@pytest.mark.parametrize("size", [1.0, 9000.0])
 def test_probabilities_are_those_of_the_model(task: str, size: float) -> None:
     scores = size * torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = mx.Model(nn.Flatten(), task=task, class_names=("a", "b", "c"))  # type: ignore[arg-type]

@@ -236,8 +236,8 @@ def test_bars_are_on_the_side_they_speak_for(host, panel, scan):
         }
     orange, blue = sides["lobulation"][32], sides["fat <b>"][211]
     assert not sides["fat <b>"][32] and blue and max(blue) < min(orange)
-    # Of 0.8 and -0.4 where 1.0 (0.8 and its interval) is the whole length.
-    assert len(orange) / len(blue) == pytest.approx(2, abs=0.1)
+    # Of 0.8 and -0.4 where 1.0 (0.8 and its interval) is the whole length of 56 pixels.
+    assert (len(orange), len(blue)) == pytest.approx((0.8 * 56 * scale, 0.4 * 56 * scale), abs=scale)
     assert sides["lobulation"][211] == []
 
 
@@ -260,6 +260,8 @@ def test_what_matters_most_is_shown_first(panel, scan, shown):
     assert foreground() in results.maps(other)
     display.show(shown)
     assert foreground() in results.maps(shown)
+    mrml.addAnswers(scan[0], [answers.of(told(scan[1], set_to={**SEEN, "size <mm> & 'more'": 40.0}))])
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(foreground()), blob(PEAKS["size <mm> & 'more'"]))
 
 
 def test_removed_map_is_no_link_and_what_was_set_stays(host, panel, scan, shown):
