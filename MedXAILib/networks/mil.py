@@ -29,7 +29,7 @@ _LUNG = (0.02, 0.35)
 _AROUND = 7
 """So many cells along each side (35 mm) tell whether an instance lies in lung."""
 _ENOUGH = 0.25
-_RARE = 6.0
+_RARE = 10.0
 """By how much less an instance is likely to have a grade than a scan, before anything is learnt."""
 
 
