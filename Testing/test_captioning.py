@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from conftest import make_model, oblique_affine
@@ -25,8 +27,10 @@ from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
 from MedXAILib.synthetic.sentences import FINDINGS, facts_of, read, sentence, vocabulary
 from MedXAILib.target import from_spec
 from MedXAILib.textual.generator import External, Token, numbered
-from MedXAILib.training import captioner
+from MedXAILib.training import captioner, train
+from MedXAILib.training.bundle import Grid
 from MedXAILib.training.captioner import Said, build, read_word_vectors
+from MedXAILib.training.table import read_table
 
 WORDS = ("a", "large", "nodule")
 SMALL = {"size": ("small", "large"), "calcification": ("absent", "present")}
@@ -383,7 +387,12 @@ class Certain(Looker):
     """Looks for "the", too, which it would say whatever it sees."""
 
     sentinel = (0.2, 0.1, 0.3, 0.9)
-    places: ClassVar = {0: None, **Looker.places}
+
+    def log_probabilities(self, features: Tensor, words: Tensor) -> Tensor:
+        # Next to nothing comes of the image.
+        hint = torch.zeros(words.shape[1] + 1, 5)
+        hint[0, 1] = 0.001
+        return (super().log_probabilities(features, words) + features.mean() * hint).log_softmax(2)
 
     def __init__(self) -> None:
         super().__init__({0: (7, 12, 10), **Looker.places})
@@ -556,6 +565,46 @@ def test_word_vectors_are_what_the_embedding_begins_with(tmp_path: Path) -> None
         file.write_text(text, encoding="utf-8")
         with pytest.raises(mx.MedXAIError, match=match):
             read_word_vectors(file, vocabulary())
+
+
+def reports(folder: Path, texts: Sequence[str]) -> Path:
+    """A table of patches of 50 mm, each of a patient of its own, and their reports."""
+    images = synthesise(Backgrounds.training(), len(texts), seed=5).images
+    with (folder / "scans.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["volume", "split", "report"])
+        for i, (voxels, text) in enumerate(zip(images, texts, strict=True)):
+            grid = np.diag([1.25, 1.25, 1.25, 1.0])[:, [2, 1, 0, 3]]
+            scan = mx.Volume(voxels.permute(0, 3, 2, 1) * 1400 - 1000, grid)
+            sitk.WriteImage(scan.to_sitk(), str(folder / f"{i}.nrrd"))
+            writer.writerow([f"{i}.nrrd", ("train", "train", "train", "validation", "test")[i % 5], text])
+    return folder / "scans.csv"
+
+
+@pytest.mark.parametrize("name", ["lung-nodule-captioning", "lung-nodule-visual-captioning"])
+def test_a_network_learns_from_a_persons_own_reports(name: str, tmp_path: Path) -> None:
+    texts = [f"A {size} shadow, number {i}." for i, size in enumerate(("small", "large") * 5)]
+    table = read_table(reports(tmp_path, texts), Grid(24, 2.0))
+    measured = train(name, tmp_path / "mine", mx.Run(), quick=True, data=table)
+    assert {"bleu_4", "shuffled_bleu_4", "most_frequent_cider_d", "seconds"} <= set(measured)
+    model = mx.load_model(tmp_path / "mine")
+    # Every number is in one report only; "unseen" words of the test are not known either.
+    assert model.network.vocabulary == (",", ".", "a", "large", "number", "shadow", "small")
+    assert model.task == "captioning" and model.patch_size == (24, 24, 24)
+    scan = mx.load_volume(tmp_path / "4.nrrd")
+    told = mx.explain(model, scan, "hirescam", mx.CaptionTarget("large", "a large shadow"), region=(24.0, 24.0, 24.0))
+    assert told.data.shape == scan.data.shape and model.predict(scan, (24.0, 24.0, 24.0)).scores == {}
+    card = (tmp_path / "mine" / "docs" / "README.md").read_text(encoding="utf-8")
+    assert "says what a report would" in card and "Never use it for a patient" in card
+
+
+def test_reports_that_nothing_can_be_learnt_from_are_refused(tmp_path: Path) -> None:
+    table = read_table(reports(tmp_path, ["seen"] * 4 + [""]), Grid(24, 2.0))
+    with pytest.raises(mx.MedXAIError, match=r"Row 6 .*report.*is empty"):
+        train("lung-nodule-captioning", tmp_path / "mine", mx.Run(), quick=True, data=table)
+    table = read_table(reports(tmp_path, ["one", "two", "three", "four", "five"]), Grid(24, 2.0))
+    with pytest.raises(mx.MedXAIError, match="No word is in two reports"):
+        train("lung-nodule-captioning", tmp_path / "mine", mx.Run(), quick=True, data=table)
 
 
 NODULE = (21.9, 120.5, -611.5)

@@ -35,8 +35,8 @@ class Captioner(nn.Module):
     each word it looks at places of the grid or, for a word that the others tell, at a sentinel of its own (Lu et al.,
     "Knowing when to look", 2017), and a second time at tokens of the `findings` (the values of each) that
     `finding_head` sees in the patch as a whole (dual attention, as in Zhang et al., "TandemNet", 2017), which in
-    training are left out as often as not. `seen_head` reads the findings off what a word looks at, for the visual-word
-    constraint in training.
+    training are left out as often as not; without findings there is no second look. `seen_head` reads the findings off
+    what a word looks at, for the visual-word constraint in training.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Captioner(nn.Module):
         self.words = nn.Embedding(1 + len(self.vocabulary), hidden)
         self.cell = nn.LSTMCell(hidden, hidden)
         self.speak = nn.Linear(hidden, 1 + len(self.vocabulary))
-        self.finding_head = nn.Linear(2 * seen, values)
+        if values:
+            self.finding_head = nn.Linear(2 * seen, values)
         if not attention:
             self.image = nn.Sequential(nn.BatchNorm1d(2 * seen), nn.Linear(2 * seen, hidden))
             return
@@ -66,9 +67,10 @@ class Captioner(nn.Module):
         self.key = nn.Linear(seen, seen, bias=False)
         self.sentinel_key = nn.Linear(hidden, seen)
         self.value = nn.Linear(seen, hidden)
-        self.seen_head = nn.Linear(seen, values)
-        self.tokens = nn.Parameter(torch.randn(values, hidden) / hidden**0.5)
-        self.token_query = nn.Linear(hidden, hidden)
+        if values:
+            self.seen_head = nn.Linear(seen, values)
+            self.tokens = nn.Parameter(torch.randn(values, hidden) / hidden**0.5)
+            self.token_query = nn.Linear(hidden, hidden)
 
     def forward(self, image: Tensor) -> Tensor:
         found: Tensor = self.evidence(self.shape(self.texture(self.stem(image))), F.avg_pool3d(image, 4))
@@ -146,8 +148,10 @@ class Captioner(nn.Module):
         share = (scores / query.shape[2] ** 0.5).softmax(2)
         places, beta = share[..., :-1], share[..., -1:]
         seen = places @ flat
-        second = torch.as_tensor(findings, device=hidden.device).reshape(-1, 1, 1) * self._tokens(features, hidden)
-        state = hidden + self.value(seen) + beta * sentinel + second
+        state = hidden + self.value(seen) + beta * sentinel
+        if self.findings:
+            second = self._tokens(features, hidden)
+            state = state + torch.as_tensor(findings, device=hidden.device).reshape(-1, 1, 1) * second
         grid = places.reshape(*places.shape[:2], *features.shape[2:])
         # What is seen as if nothing had gone to the sentinel.
         looked = Attention(grid, beta[..., 0], seen / places.sum(2, keepdim=True).clamp_min(1e-6))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,10 @@ from MedXAILib.synthetic.sentences import (
     vocabulary,
 )
 from MedXAILib.textual.generator import BEAMS, spoken
+from MedXAILib.textual.tokens import tokens
 from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.own_bundle import told_of
+from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
 from MedXAILib.trust.wording import wording
 
@@ -224,6 +229,18 @@ def real(network: Captioner, scan: Backgrounds) -> dict[str, float]:
 
 def publish(network: Captioner, metrics: dict[str, float], folder: Path) -> None:
     """Write the bundle."""
+    about = {
+        "name": (_ATTENTION if network.attention else _PLAIN)["title"],
+        "task": "Captioning of lung patches of 50 mm: what is to be seen of a nodule, in a sentence or two",
+        "description": "A demonstration network for explanations, trained on template sentences about computed "
+        "nodules.",
+        "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+    }
+    write_captioner(folder, network, about=about, card=_card(network, metrics), metrics=metrics)
+
+
+def write_captioner(folder: Path, network: Captioner, size: int = SIZE, **told: Any) -> None:
+    """Write the bundle of a network that sees `size` voxels a side (see `write_bundle`)."""
     write_bundle(
         folder,
         network,
@@ -237,26 +254,18 @@ def publish(network: Captioner, metrics: dict[str, float], folder: Path) -> None
         inferer={"_target_": "SimpleInferer"},
         postprocessing=[],
         handlers=[],
-        about={
-            "name": (_ATTENTION if network.attention else _PLAIN)["title"],
-            "task": "Captioning of lung patches of 50 mm: what is to be seen of a nodule, in a sentence or two",
-            "description": "A demonstration network for explanations, trained on template sentences about computed "
-            "nodules.",
-            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
-        },
         output={
             "type": "feature",
             "format": "features, which the network's method `beam` puts in words",
             "num_channels": network.evidence.block[0].out_channels,
-            "spatial_shape": [SIZE // 4] * 3,
+            "spatial_shape": [size // 4] * 3,
             "dtype": "float32",
             "value_range": [],
             "is_patch_data": True,
             "channel_def": {},
         },
         layers=["evidence"],
-        card=_card(network, metrics),
-        metrics=metrics,
+        **told,
     )
 
 
@@ -356,6 +365,60 @@ x 10 x 10, unit i at voxel 4 i + 1.5, which the network's method `beam` puts in 
 """
 
 
+def own(attention: bool, recipe: Recipe, table: Table) -> Recipe:
+    """`recipe` for the reports of a person's own table, in the words that are said in at least two of them.
+
+    Raises:
+        MedXAIError: for a row without a report, and when no word is said twice.
+    """
+    table.require("report")
+    reports = [tokens(case.row["report"]) for case in table.of("train")]
+    count = Counter(word for words in reports for word in set(words))
+    words = sorted(word for word, times in count.items() if times > 1)
+    if not words:
+        raise MedXAIError(f"No word is in two reports of '{table.path.name}': give more reports.")
+    return replace(
+        recipe,
+        network=partial(Captioner, words, {}, attention),
+        loss=loss_own,
+        measure=measure_own,
+        publish=partial(publish_own, table, recipe.name),
+        score="bleu_4",
+        synthesise=augmented,
+    )
+
+
+def loss_own(network: Captioner, patches: Patches) -> Tensor:
+    """Cross-entropy of every next word of the reports; words that are not in the vocabulary are left out."""
+    device = network.words.weight.device
+    known = set(network.vocabulary)
+    reports = [[word for word in tokens(report) if word in known] for report in patches.reports]
+    said = Said.of([(words, [None] * len(words)) for words in reports], network.vocabulary).to(device)
+    scores = network.log_probabilities(network(patches.images.to(device)), said.words)
+    return F.nll_loss(scores[said.real], F.pad(said.words, (0, 1), value=END)[said.real])
+
+
+@torch.no_grad()
+def measure_own(network: Captioner, patches: Patches) -> dict[str, float]:
+    """How near the captions are to the reports (see `MedXAILib.trust.wording`)."""
+    device = network.words.weight.device
+    found = [network.beam(network(images.to(device)), BEAMS) for images in patches.images.split(50)]
+    captions = [spoken(network, row) for words in found for row in words]
+    return wording(captions, [[tokens(report)] for report in patches.reports])
+
+
+def publish_own(table: Table, recipe: str, network: Captioner, metrics: dict[str, float], folder: Path) -> None:
+    """Write the bundle of a network that learnt from `table`."""
+    told = told_of(table, recipe, folder.name, metrics, "Captioning", "says what a report would", _OWN)
+    write_captioner(folder, network, size=table.grid.size, **told)
+
+
+_OWN = """Captions are held against the one report of each patch. `shuffled_...` is the same for another patch's caption
+and `most_frequent_...` for the commonest report: what is not clearly better has not looked at the image. Whether a
+caption is right is nothing that these numbers say. The output is features, which the network's method `beam` puts in
+words."""
+
+
 def _recipe(attention: bool) -> Recipe:
     return Recipe(
         name=(_ATTENTION if attention else _PLAIN)["recipe"],
@@ -365,6 +428,7 @@ def _recipe(attention: bool) -> Recipe:
         real=real,
         score="f1_all",
         publish=publish,
+        own=partial(own, attention),
         epochs=12,
         steps=90,
         batch=15,
