@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import make_model, oblique_affine, with_statistics
+from monai.bundle import verify_net_in_out
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
@@ -400,6 +401,12 @@ def test_the_bundles_are_graders_of_whole_scans(name: str) -> None:
     folder, model = resources.path(f"Models/{name}"), shipped(name)
     assert (model.task, model.class_names, model.patch_size) == ("ordinal", mil.GRADES, None)
     assert sum(file.stat().st_size for file in folder.rglob("*")) < 1e6
+    verify_net_in_out(
+        config_file=str(folder / "configs" / "inference.json"),
+        meta_file=str(folder / "configs" / "metadata.json"),
+        net_id="network_def",
+        device="cpu",
+    )
     meta = json.loads((folder / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
     # What was demanded of them, on the whole lungs of the other patient.
     for draw in ("", "borderline_"):

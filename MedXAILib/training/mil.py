@@ -172,7 +172,7 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path, pooling
             **metrics,
         ),
         metrics=metrics,
-        spatial_shape=("*",) * 3,
+        spatial_shape=("23+n",) * 3,
     )
 
 
