@@ -17,6 +17,7 @@ slicer = pytest.importorskip("slicer")
 import slicer_host  # noqa: E402
 import slicer_scene  # noqa: E402
 import small_explanations  # noqa: E402
+from slicer_host import ctk  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.resources import path  # noqa: E402
@@ -476,6 +477,21 @@ def test_pictures(host, module, scan, pictures):
     (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.caption(whole, NODULE))])
     panel.parameterNode.explanation = node
     picture(words, "words")
+    named = path("Models/lung_nodule_semantic")
+    node = module.logic.explain(scan, named, "semantic", target="malignant", region=NODULE)
+    panel.parameterNode.explanation = node
+    module.ui.explainCollapsibleButton.collapsed = True
+    picture(words, "concepts")
+    words.ui.whatIfButton.collapsed = False
+    for name, value in {"spiculation": 0.05, "calcification": 0.9}.items():
+        words.ui.slidersWidget.findChild(ctk.ctkSliderWidget, f"{name}Slider").value = value
+    for view in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
+        width, height, depth = view.GetFieldOfView()
+        view.SetFieldOfView(width * 2, height * 2, depth)
+    module.logic.show(node)
+    window(host, pictures / "slicer-concepts.png")
+    words.ui.whatIfButton.collapsed = True
+    module.ui.explainCollapsibleButton.collapsed = False
     (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.similar_cases(whole, NODULE))])
     panel.parameterNode.explanation = node
     picture(cases, "cases")

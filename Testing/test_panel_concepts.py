@@ -203,6 +203,8 @@ def test_concepts_are_read_as_a_table(panel, shown):
     rows = [*zip(WEIGHTS, AMOUNTS, ["+0.87", "+0.33", "+0.19", "+0.68", "+0.00"], strict=True)]
     assert lines[1:4] == ["Concept", "In this scan", "share of the score"]
     assert lines[4:] == [cell for row in rows for cell in row] + ["all else", "-0.20"]
+    # Of one layer, which need not be said.
+    assert "degrees" not in text(panel)
     assert links(panel) == list(PEAKS)
     assert "click one" in panel.ui.legendLabel.text and "Orange" in panel.ui.legendLabel.text
     assert "without a score" not in panel.ui.legendLabel.text
@@ -214,7 +216,7 @@ def test_concepts_are_read_as_a_table(panel, shown):
 def test_concepts_of_examples_have_intervals_reasons_and_neighbours(panel, scan):
     panel.show(concepts.addConcepts(scan[0], answers.of(found_in_examples(scan[1]))))
     assert "+0.80 ± 0.20" in text(panel) and "fat <b>" in text(panel)
-    assert "margin\n\nnot told from <random> sets" in text(panel)
+    assert "margin at head\n\nnot told from <random> sets" in text(panel)
     assert "no sign that it does not matter" in panel.ui.legendLabel.text
     tips = pieces(panel, lambda look: look.toolTip())
     assert "p 0.00123, accuracy 0.913" in tips["lobulation"] and "Click" in tips["lobulation"]
@@ -236,8 +238,8 @@ def test_bars_are_on_the_side_they_speak_for(host, panel, scan):
         }
     orange, blue = sides["lobulation"][32], sides["fat <b>"][211]
     assert not sides["fat <b>"][32] and blue and max(blue) < min(orange)
-    # Of 0.8 and -0.4 where 1.0 (0.8 and its interval) is the whole length of 56 pixels.
-    assert (len(orange), len(blue)) == pytest.approx((0.8 * 56 * scale, 0.4 * 56 * scale), abs=scale)
+    # Of 0.8 and -0.4 where 1.0 (0.8 and its interval) is the whole length of 44 pixels.
+    assert (len(orange), len(blue)) == pytest.approx((0.8 * 44 * scale, 0.4 * 44 * scale), abs=scale)
     assert sides["lobulation"][211] == []
 
 

@@ -8,7 +8,7 @@ from MedXAISlicerLib import concepts
 
 # Told apart by nearly everyone, and seen as well on white as on black.
 _FOR, _AGAINST, _FAINT = "#d97706", "#2f7fd6", "#808080"
-_HALF = 56  # of the bars, pixels
+_HALF = 44  # of the bars, pixels
 _ALIKE = 0.5
 """Concepts whose cosine is less are not worth a word."""
 
@@ -48,7 +48,7 @@ class ConceptTable:
             for text, side in heads.items()
         )
         rows = "".join(
-            _row(concept, index, most, marked if index == active else "", self._help(index))
+            f"<tr><td>{self._name(index, marked if index == active else '')}</td>{_cells(concept, most)}</tr>"
             for index, concept in enumerate(self.leading)
         )
         text = f"<p>{escape(self._known['text'])}</p>" if self._known["text"] else ""
@@ -57,6 +57,18 @@ class ConceptTable:
     def follow(self, index):
         """Show what a concept leads to."""
         concepts.showConcept(self._node, index)
+
+    def _name(self, index, style):
+        """The name of a concept as rich text, and its layer where there are several."""
+        concept = self.leading[index]
+        look = f'style="{style}" title="{escape(self._help(index))}"'
+        name = f"<span {look}>{escape(concept['name'])}</span>"
+        if concept["map"] is not None:
+            name = f'<a href="concept:{index}" {look}>{escape(concept["name"])}</a>'
+        if len({one["layer"] for one in self.leading} - {""}) > 1:
+            where = _("at {layer}").format(layer=concept["layer"])
+            name += f' <span style="color: {_FAINT}">{escape(where)}</span>'
+        return name
 
     def _help(self, index):
         """What else is known of a concept, for whoever holds the mouse over it."""
@@ -72,15 +84,13 @@ class ConceptTable:
         return " ".join(lines)
 
 
-def _row(concept, index, most, style, help):
-    name = f'<span style="{style}" title="{escape(help)}">{escape(concept["name"])}</span>'
-    if concept["map"] is not None:
-        name = f'<a href="concept:{index}" style="{style}" title="{escape(help)}">{escape(concept["name"])}</a>'
-    cells = f'<td>{name}</td><td align="right">{escape(concepts.amount(concept))}</td>'
+def _cells(concept, most):
+    """What follows the name of a concept in its row; `most` is the longest bar."""
+    there = f'<td align="right">{escape(concepts.amount(concept))}</td>'
     said = escape(concepts.score(concept))
     if concept["score"] is None:
-        return f'<tr>{cells}<td colspan="2" style="color: {_FAINT}">{said}</td></tr>'
-    return f'<tr>{cells}<td align="right">{said}</td><td>{_bar(concept["score"] / most)}</td></tr>'
+        return f'{there}<td colspan="2" style="color: {_FAINT}">{said}</td>'
+    return f'{there}<td align="right">{said}</td><td width="{2 * _HALF}">{_bar(concept["score"] / most)}</td>'
 
 
 def _bar(share):

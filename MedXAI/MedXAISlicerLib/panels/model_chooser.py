@@ -20,7 +20,7 @@ class ModelChooser:
         self.model = None
         self._box, self._label, self._onChosen, self._onLoaded = box, label, onChosen, onLoaded
         demos = sorted(p for p in path("Models").iterdir() if (p / "configs" / "metadata.json").is_file())
-        self._first = str(demos[0])
+        self._first = str(path("Models/lung_nodule"))
         recent = [Path(p) for p in settings.get("recentModels")]
         for model in [*demos, *(p for p in recent if p not in demos and p.exists())]:
             self._add(model, box.count, demo=model in demos)

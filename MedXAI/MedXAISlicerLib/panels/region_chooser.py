@@ -14,6 +14,9 @@ class RegionChooser:
 
     def __init__(self, value, onChange, onAdded, mask=False):
         self.widget = qt.QWidget()
+        # Names of nodes may be long, and would make the whole panel as wide.
+        self.widget.setSizePolicy(qt.QSizePolicy.Ignored, qt.QSizePolicy.Preferred)
+        self.widget.minimumWidth = 100
         layout = qt.QVBoxLayout(self.widget)
         layout.setContentsMargins(0, 0, 0, 0)
         self._nodes, self._segments = slicer.qMRMLNodeComboBox(), slicer.qMRMLSegmentSelectorWidget()
