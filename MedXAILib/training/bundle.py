@@ -93,7 +93,7 @@ def write_bundle(
     predictions, `about` the metadata's task, description and intended use (and authors and source of the data, where
     they are not those of the demo networks), `output` the metadata's description of the prediction, `layers` where
     explanations had best look, `card` the model card in Markdown, `grid` what the network is given, `spatial_shape`
-    which other sizes it takes ("23+n": any from 24), `image` the format and modality of scans, `licence` the text, if any,
+    which others it takes ("23+n": any from 24), `image` the format and modality of scans, `licence` the text, if any,
     `trainings` where other trainings of it are (docs/trust.md).
     """
     beside = folder.with_name(folder.name + ".part")
