@@ -159,8 +159,9 @@ def test_a_quick_training_goes_all_the_way_to_a_bundle(name: str, tmp_path: Path
     batch = recipe.synthesise(Backgrounds.training(), recipe.batch, seed=50)
     torch.manual_seed(0)
     before, after = (float(recipe.loss(n.train(), batch).detach()) for n in (recipe.network(), network))
-    # This one begins as a smooth interpolation, which takes more than ten steps to better (see test_healthy_tissue).
-    assert after < before or name == "healthy-lung"
+    # These begin as a smooth interpolation (see test_healthy_tissue), and with what another network has learnt, which
+    # take more than ten steps to better.
+    assert after < before or name in ("healthy-lung", "lung-mil")
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> None:
