@@ -481,7 +481,6 @@ def test_pictures(host, module, scan, pictures):
     node = module.logic.explain(scan, named, "semantic", target="malignant", region=NODULE)
     panel.parameterNode.explanation = node
     module.ui.explainCollapsibleButton.collapsed = True
-    picture(words, "concepts")
     words.ui.whatIfButton.collapsed = False
     for name, value in {"spiculation": 0.05, "calcification": 0.9}.items():
         words.ui.slidersWidget.findChild(ctk.ctkSliderWidget, f"{name}Slider").value = value

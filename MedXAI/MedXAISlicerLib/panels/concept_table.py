@@ -31,7 +31,7 @@ class ConceptTable:
         """How to read it."""
         lines = []
         if any(concept["map"] is not None for concept in self.leading):
-            lines.append(_("Underlined concepts have a map: click one to see where the network sees it."))
+            lines.append(_("Underlined concepts have a map, of what speaks for the concept: click one to see it."))
         if any(concept["score"] is not None for concept in self.leading):
             lines.append(_("Orange bars, to the right, speak for the answer, blue ones, to the left, against it."))
         if any(concept["score"] is None for concept in self.leading):
