@@ -16,6 +16,7 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from conftest import make_model, oblique_affine
+from monai.bundle import verify_net_in_out
 from torch import Tensor, nn
 
 import MedXAILib as mx
@@ -583,13 +584,19 @@ def reports(folder: Path, texts: Sequence[str]) -> Path:
 
 @pytest.mark.parametrize("name", ["lung-nodule-captioning", "lung-nodule-visual-captioning"])
 def test_a_network_learns_from_a_persons_own_reports(name: str, tmp_path: Path) -> None:
-    texts = [f"A {size} shadow, number {i}." for i, size in enumerate(("small", "large") * 5)]
+    texts = [f"A {size} shadow, number {i}, I said {i}." for i, size in enumerate(("small", "large") * 5)]
     table = read_table(reports(tmp_path, texts), Grid(24, 2.0))
     measured = train(name, tmp_path / "mine", mx.Run(), quick=True, data=table)
     assert {"bleu_4", "shuffled_bleu_4", "most_frequent_cider_d", "seconds"} <= set(measured)
     model = mx.load_model(tmp_path / "mine")
-    # Every number is in one report only; "unseen" words of the test are not known either.
-    assert model.network.vocabulary == (",", ".", "a", "large", "number", "shadow", "small")
+    # Every number is in one report only, if twice.
+    assert model.network.vocabulary == (",", ".", "a", "i", "large", "number", "said", "shadow", "small")
+    verify_net_in_out(
+        "network_def",
+        meta_file=str(tmp_path / "mine" / "configs" / "metadata.json"),
+        config_file=str(tmp_path / "mine" / "configs" / "inference.json"),
+        device="cpu",
+    )
     assert model.task == "captioning" and model.patch_size == (24, 24, 24)
     scan = mx.load_volume(tmp_path / "4.nrrd")
     told = mx.explain(model, scan, "hirescam", mx.CaptionTarget("large", "a large shadow"), region=(24.0, 24.0, 24.0))

@@ -24,9 +24,12 @@ from MedXAILib.cli import app
 from MedXAILib.errors import Cancelled, MedXAIError
 from MedXAILib.model import Model
 from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
+from MedXAILib.textual.generator import spoken
+from MedXAILib.textual.tokens import tokens
 from MedXAILib.training import RECIPES, lung_nodule, train
 from MedXAILib.training.bundle import Grid
 from MedXAILib.training.table import Patches, augmented, fingerprint, read_table
+from MedXAILib.trust.wording import rouge_l
 
 GRID = Grid(24, 2.0)
 NAMES = ("clear", "kind", "wicked")
@@ -127,6 +130,12 @@ def test_whatever_learns_from_a_table_makes_a_bundle(own: Path, tmp_path: Path, 
     if model.task == "classification":
         assert model.class_names == NAMES
         assert metrics["accuracy"] == pytest.approx(float((found == patches.labels).float().mean()), abs=1e-4)
+    elif model.task == "captioning":
+        with torch.no_grad():
+            said = model.network.eval().beam(model.network(patches.images))
+        captions = [spoken(model.network, words) for words in said]
+        scored = rouge_l(captions, [[tokens(report)] for report in patches.reports])
+        assert metrics["rouge_l"] == pytest.approx(scored, abs=1e-4)
     else:
         assert model.task == "segmentation" and model.class_names == ("background", "finding")
         pairs = [(one > 0, mask[0]) for one, mask in zip(found, patches.masks, strict=True) if mask.any()]
