@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from test_captioning import image, small
 from torch import Tensor, nn
 
 import MedXAILib as mx
@@ -117,3 +118,12 @@ def test_likeness_of_each_kind(asked: tuple[mx.Model, mx.Volume]) -> None:
     assert telling.likeness(cases("x", "y"), cases("y", "z")) == pytest.approx(1 / 3)
     with pytest.raises(mx.MedXAIError, match="ConceptScores and SimilarCases"):
         telling.likeness(own, cases("x"))
+
+
+def test_a_caption_is_searched_anew_in_a_network_that_has_forgotten() -> None:
+    """And not the same words explained again, which any network can be asked about."""
+    model = mx.Model(small(attention=False, seed=1), task="captioning", channels=1)
+    volume = mx.Volume(image()[0].float(), np.eye(4))
+    told = mx.tell(model, volume, "captioning", check=False)
+    found = telling.judge(told, model, volume)
+    assert told.text and found.values["lowest"] < 0.5  # type: ignore[attr-defined]

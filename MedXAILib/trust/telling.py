@@ -21,7 +21,7 @@ from MedXAILib.model import Model
 from MedXAILib.request import check_explained, tell
 from MedXAILib.run import Run
 from MedXAILib.similar_cases import SimilarCases
-from MedXAILib.target import from_spec
+from MedXAILib.target import CaptionTarget, from_spec
 from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.randomisation import DRAWS, TITLE, layers, scrambled, upper_third
 from MedXAILib.trust.wording import rouge_l
@@ -42,6 +42,9 @@ def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = Non
     made = told.provenance
     check_explained(made, model, volume)
     target = from_spec(made.target)
+    # What a caption says is to be found again, and how good its maps are does not matter here.
+    anew = replace(target, caption=None) if isinstance(target, CaptionTarget) else target
+    asked = made.parameters | ({"check": False} if "check" in made.parameters else {})
     with model.ready(run.device) as device, model.keeping_last():
         seen = model.prepare(volume, made.region)
         question = Question(model, seen.x[None].to(device, model.dtype), [seen], [target], run)
@@ -51,8 +54,7 @@ def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = Non
         for draw, network in enumerate(scrambled(model.network, upper, question.x, made.seed)):
             run.step(draw, DRAWS, "Asking a network that has forgotten")
             quiet = replace(run, seed=made.seed, progress=None, partial=None)
-            other = model.with_network(network)
-            again = tell(other, volume, made.method, target, made.region, quiet, **made.parameters)
+            again = tell(model.with_network(network), volume, made.method, anew, made.region, quiet, **asked)
             found.append(likeness(told, again))
     alike = mean(found)
     colour = light(alike, _GOOD, _FAIR)
