@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -180,6 +180,9 @@ class Explainer(Technique):
 
 class Teller(Technique):
     """A technique that answers otherwise than with one map: in words, by concepts, by cases."""
+
+    bare: ClassVar[Mapping[str, Any]] = {}
+    """Parameters with which it says the same without what takes long: maps, and checks of them."""
 
     @abstractmethod
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:

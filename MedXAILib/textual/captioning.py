@@ -6,9 +6,9 @@ reports", 2019.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Captioning(Teller):
     title: ClassVar[str] = "Caption"
     paper: ClassVar[str] = "Vinyals 2015"
     kind: ClassVar[str] = "Caption"
+    bare: ClassVar[Mapping[str, Any]] = {"check": False, "least": 1e9}
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         "3.2",
         "textual",

@@ -68,6 +68,7 @@ class ConceptMethod(Teller):
     """A method that looks for concepts of a person in the activations of a layer."""
 
     kind: ClassVar[str] = "ConceptScores"
+    bare: ClassVar[Mapping[str, Any]] = {"maps": "none"}
     layered: ClassVar[bool] = True
 
     examples: ExampleSource = ""

@@ -6,6 +6,7 @@ multimodal justification using visual word constraint model", 2019, for medical 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,7 @@ class VisualCaptioning(Captioning):
     id: ClassVar[str] = "visual_captioning"
     title: ClassVar[str] = "Caption with attention"
     paper: ClassVar[str] = "Lu 2017, Zhang 2017"
+    bare: ClassVar[Mapping[str, Any]] = {"check": False, "sentinel": 1e-9}
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         "3.2",
         "textual",

@@ -18,6 +18,7 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question
 from MedXAILib.explanation import Explanation
 from MedXAILib.model import Model
+from MedXAILib.registry import methods
 from MedXAILib.request import check_explained, tell
 from MedXAILib.run import Run
 from MedXAILib.similar_cases import SimilarCases
@@ -42,9 +43,9 @@ def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = Non
     made = told.provenance
     check_explained(made, model, volume)
     target = from_spec(made.target)
-    # What a caption says is to be found again, and how good its maps are does not matter here.
+    # What a caption says is to be found again.
     anew = replace(target, caption=None) if isinstance(target, CaptionTarget) else target
-    asked = made.parameters | ({"check": False} if "check" in made.parameters else {})
+    asked = {**made.parameters, **getattr(methods()[made.method], "bare", {})}
     with model.ready(run.device) as device, model.keeping_last():
         seen = model.prepare(volume, made.region)
         question = Question(model, seen.x[None].to(device, model.dtype), [seen], [target], run)
