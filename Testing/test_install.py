@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "MedXAI" / "Resources" / "MedXAI-requirements.txt"
 
 # What Slicer brings itself, and what only the command line needs.
-ELSEWHERE = {"numpy", "pillow", "SimpleITK", "rich", "typer"}
+ELSEWHERE = {"numpy", "pillow", "scipy", "SimpleITK", "rich", "typer"}
 
 PACKAGING = """
 from slicer.util import run_pip

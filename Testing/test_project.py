@@ -22,7 +22,7 @@ LIBRARY = sorted((ROOT / "MedXAILib").rglob("*.py"))
 MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
-THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors sklearn torch typer".split())
+THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors scipy sklearn torch typer".split())
 
 # What Slicer brings and loads fast; qt and ctk are there in the application only.
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}

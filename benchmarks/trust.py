@@ -25,6 +25,7 @@ import typer
 from scipy.stats import spearmanr
 
 import MedXAILib as mx
+from benchmarks import told
 from benchmarks.blind import BLIND
 from benchmarks.measure import machine
 from benchmarks.sanity import patches, rows
@@ -326,7 +327,8 @@ def written(results: Mapping[str, Mapping[str, Any]]) -> str:
     parts += [f"Measured on: {'; '.join(machines)}.\n"] if machines else []
     blind = [one for method in BLIND for one in found.get(method, ())]
     others = [one for method, some in found.items() if method not in BLIND for one in some]
-    return "\n".join([*parts, SURVEY, _calibration(blind, others), _predicting(others)])
+    words = [told.section(told.known())] if told.known() else []
+    return "\n".join([*parts, *words, SURVEY, _calibration(blind, others), _predicting(others)])
 
 
 def _row(
