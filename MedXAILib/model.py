@@ -16,11 +16,11 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.generator import decoder, spoken
 from MedXAILib.grid import from_4x4, resample, to_4x4
 from MedXAILib.region import Region, cut
 from MedXAILib.run import Precision, out_of_memory
-from MedXAILib.textual.generator import decoder, spoken
-from MedXAILib.textual.tokens import written
+from MedXAILib.tokens import written
 from MedXAILib.volume import Volume
 from MedXAILib.window import Window
 

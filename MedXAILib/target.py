@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.generator import External, decoder, numbered, spoken
 from MedXAILib.model import Model, Prepared
-from MedXAILib.textual.generator import External, decoder, numbered, spoken
 from MedXAILib.volume import Volume
 from MedXAILib.within import mask_on
 

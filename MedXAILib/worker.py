@@ -176,7 +176,7 @@ class Worker:
         run.step(0, 1, "Asking the network")
         prediction = network.predict(scan, region)
         labels = None if prediction.labels is None else prediction.labels.data.short().numpy()
-        return {"scores": prediction.scores, "labels": labels}
+        return {"scores": prediction.scores, "labels": labels, "text": prediction.text}
 
     def _explain(
         self,

@@ -118,6 +118,12 @@ def test_model_predicts(scan, worker):
     assert list(asked.scores) == asked.model["class_names"] == ["none", "benign", "malignant"]
 
 
+def test_network_that_writes_says_it_in_words(scan, worker):
+    asked = asking.Predicting(scan, path("Models/lung_nodule_captioning"), middle(scan), worker=worker)
+    asked.wait()
+    assert not asked.scores and "nodule" in asked.text
+
+
 def test_voxels_changed_in_between_are_seen(scan, worker):
     def predicted():
         asked = asking.Predicting(scan, NETWORK, middle(scan), worker=worker)

@@ -20,6 +20,7 @@ from conftest import make_model, oblique_affine
 from torch import Tensor, nn
 
 import MedXAILib as mx
+from MedXAILib.generator import External, Token, numbered
 from MedXAILib.grid import resample
 from MedXAILib.networks.captioner import END, Attention, Captioner
 from MedXAILib.request import _of_target
@@ -27,7 +28,6 @@ from MedXAILib.resources import path
 from MedXAILib.synthetic.lung_nodules import Backgrounds, Nodules, synthesise
 from MedXAILib.synthetic.sentences import FINDINGS, facts_of, read, sentence, vocabulary
 from MedXAILib.target import from_spec
-from MedXAILib.textual.generator import External, Token, numbered
 from MedXAILib.training import captioner, train
 from MedXAILib.training.bundle import Grid
 from MedXAILib.training.captioner import Said, build, read_word_vectors

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 import MedXAILib as mx
 from MedXAILib.cli import app
 from MedXAILib.errors import Cancelled, MedXAIError
+from MedXAILib.generator import spoken
 from MedXAILib.model import Model
 from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
-from MedXAILib.textual.generator import spoken
-from MedXAILib.textual.tokens import tokens
+from MedXAILib.tokens import tokens
 from MedXAILib.training import RECIPES, lung_nodule, train
 from MedXAILib.training.bundle import Grid
 from MedXAILib.training.table import Patches, augmented, fingerprint, read_table

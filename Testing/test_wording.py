@@ -20,7 +20,7 @@ from MedXAILib.synthetic.sentences import (
     sentence,
     vocabulary,
 )
-from MedXAILib.textual.tokens import tokens, written
+from MedXAILib.tokens import tokens, written
 from MedXAILib.trust.wording import bleu, cider_d, finding_f1, meteor_es, rouge_l, shuffled, stem, wording
 
 CAPTIONS = [

@@ -155,10 +155,11 @@ class Asking:
 
 
 class Predicting(Asking):
-    """What does the model say? `scores` by class, once it is done."""
+    """What does the model say? `scores` by class, and the `text` of a network that writes captions, once it is done."""
 
     op = "predict"
     scores = None
+    text = ""
 
     def wait(self):
         """Wait until it is finished, and return the scores.
@@ -170,7 +171,7 @@ class Predicting(Asking):
         return self.scores
 
     def _take(self, job):
-        self.scores = job.result["scores"]
+        self.scores, self.text = job.result["scores"], job.result.get("text", "")
         self._finish()
 
 

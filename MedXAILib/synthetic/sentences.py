@@ -13,7 +13,7 @@ from itertools import product
 from torch import Tensor
 
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES
-from MedXAILib.textual.tokens import tokens
+from MedXAILib.tokens import tokens
 
 Facts = dict[str, str]
 """A value of `FINDINGS` by finding."""

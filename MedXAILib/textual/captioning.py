@@ -18,12 +18,12 @@ from torch import Tensor
 from MedXAILib.caption import Caption, Word
 from MedXAILib.explainer import Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
+from MedXAILib.generator import Decoder, External, Token, decoder, numbered, spoken
 from MedXAILib.grid import resample, transform
 from MedXAILib.infills.choice import infill
 from MedXAILib.report.localisation import highest
 from MedXAILib.target import CaptionTarget
-from MedXAILib.textual.generator import Decoder, External, Token, decoder, numbered, spoken
-from MedXAILib.textual.tokens import written
+from MedXAILib.tokens import written
 from MedXAILib.visual.hirescam import HiResCAM
 from MedXAILib.volume import Volume
 

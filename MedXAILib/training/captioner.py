@@ -15,6 +15,7 @@ from torch import Tensor
 
 from MedXAILib import resources
 from MedXAILib.errors import MedXAIError
+from MedXAILib.generator import BEAMS, spoken
 from MedXAILib.networks.captioner import END, Captioner
 from MedXAILib.synthetic.lung_nodules import SIZE, Backgrounds, Nodules
 from MedXAILib.synthetic.sentences import (
@@ -27,8 +28,7 @@ from MedXAILib.synthetic.sentences import (
     sentence,
     vocabulary,
 )
-from MedXAILib.textual.generator import BEAMS, spoken
-from MedXAILib.textual.tokens import tokens
+from MedXAILib.tokens import tokens
 from MedXAILib.training.bundle import write_bundle
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import Patches, Table, augmented

@@ -378,6 +378,8 @@ class ExplainPanel(Panel):
         settings.addRecentModel(self.parameterNode.model)
         self._say("")
         if isinstance(run, asking.Predicting):
+            if run.text:
+                self._say(_("The network says: {text}").format(text=run.text))
             self._scores, self._looked = run.scores, self._place()
             self._fillTargets()
         else:

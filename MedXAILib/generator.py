@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.textual.tokens import tokens
+from MedXAILib.tokens import tokens
 from MedXAILib.volume import Volume
 
 BEAMS = 3
@@ -77,7 +77,7 @@ def decoder(network: object, name: str) -> Decoder:
     if not isinstance(network, Decoder):
         raise MedXAIError(
             f"{name} finds no words: a captioning network has `vocabulary`, `log_probabilities` and `beam` (see "
-            "MedXAILib.textual.generator), and a report generator is wrapped in External."
+            "MedXAILib.generator), and a report generator is wrapped in External."
         )
     return network
 
