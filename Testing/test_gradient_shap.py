@@ -184,3 +184,14 @@ def test_the_map_is_shown_as_it_becomes(monkeypatch: pytest.MonkeyPatch) -> None
     w = model.network.w.detach()[1]
     torch.testing.assert_close(shown[0], (w * (x - others[0].data)).sum(0, keepdim=True))
     torch.testing.assert_close(shown[-1], made.data)
+
+
+def test_a_map_with_scans_in_memory_is_asked_for_again_with_them() -> None:
+    """Its provenance has but their fingerprints, which no file can be read by."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(60, 2))
+    model, volume = mx.Model(network, channels=1), mx.Volume(torch.rand(1, 3, 4, 5), np.eye(4))
+    given = {"background": (mx.Volume(torch.rand(1, 3, 4, 5), np.eye(4)),)}
+    made = mx.explain(model, volume, "gradient_shap", 1, samples=4, **given)
+    with pytest.raises(mx.MedXAIError):
+        mx.Judged(made, model, volume).again()
+    assert torch.equal(mx.Judged(made, model, volume, given=given).again().data, made.data)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from MedXAILib.volume import Volume
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """An `explanation` of what `model` says about `volume`. `segmentation` says where it should be, if that is known.
+    """An `explanation` of what `model` says about `volume`. `segmentation` says where it should be, if that is known,
+    and `given` has those of its parameters that were scans in memory, of which its provenance has but the fingerprint.
 
     Raises:
         MedXAIError: when `model` or `volume` is not the one that was explained.
@@ -34,6 +36,7 @@ class Judged:
     volume: Volume
     segmentation: Volume | None = None
     run: Run = field(default_factory=Run)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_explained(self.explanation.provenance, self.model, self.volume)
@@ -75,7 +78,7 @@ class Judged:
             target or self.target,
             made.region,
             run,
-            **made.parameters,
+            **{**made.parameters, **self.given},
         )
         self.run.cost.forwards += found.provenance.forwards
         self.run.cost.backwards += found.provenance.backwards
