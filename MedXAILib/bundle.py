@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from types import ModuleType
 from typing import Any
 
@@ -92,7 +94,7 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
     parser = ConfigParser({**config, "bundle_root": str(folder)})
     items = [config[definition], *_transforms(parser), _window(parser)]
     if not trust:
-        code = "\n".join(dict.fromkeys(_code(parser, items)))
+        code = "\n".join(dict.fromkeys([*_misread(config), *_code(parser, items)]))
         if code:
             code = "\n".join([code, *_own_files(folder)])
             raise Untrusted(
@@ -124,18 +126,23 @@ def _load(folder: Path, source: str, trust: bool, known: dict[str, Any]) -> Mode
             "patch_size": spatial,
             "window": window,
             "layers": tuple(own.get("layers", ())),
-            "retrained": tuple(_beside(folder, own.get("retrained", ()))),
-            "permuted": next(_beside(folder, [own["permuted"]] if "permuted" in own else ()), None),
+            "retrained": tuple(_beside(Path(source), own.get("retrained"))),
+            "permuted": next(_beside(Path(source), own.get("permuted")), None),
             **_output(metadata),
             **known,
         },
     )
 
 
-def _beside(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Other bundles that are there: this one may have been copied without them, or be one of them."""
-    others = ((folder / name).resolve() for name in names)
-    return (other for other in others if other != folder.resolve() and is_bundle(other))
+def _beside(path: Path, names: str | Iterable[str] | None) -> Iterator[Path]:
+    """Other bundles that are there: the one at `path` may have been copied without them, or be one of them.
+
+    Those that are not in the folder which it is in, or below, are not even looked for: whoever made a bundle has no say
+    in what is opened of the computer or its network.
+    """
+    path = path.resolve()
+    others = (Path(os.path.normpath(path / name)) for name in ([names] if isinstance(names, str) else names or ()))
+    return (other for other in others if other != path and path.parent in other.parents and is_bundle(other))
 
 
 @contextlib.contextmanager
@@ -206,18 +213,38 @@ def _code(parser: ConfigParser, items: Any, seen: set[str] | None = None) -> Ite
         target = items.get("_target_")
         if target is not None and not _harmless(str(target)):
             yield f"_target_: {target}"
+        # A debugger runs what it is told on standard input.
+        if items.get("_debug_") or items.get("_mode_", "default") not in ("default", "callable"):
+            yield f"a debugger in {target}"
         for value in items.values():
             yield from _code(parser, value, seen)
     elif isinstance(items, (list, tuple)):
         for value in items:
             yield from _code(parser, value, seen)
     elif isinstance(items, str):
-        if items.startswith(("$", "%")):
+        # What is relative to a place refers to something else than `parser` knows by that name.
+        if items.startswith(("$", "%")) or re.search("@[#:]", items):
             yield items
-        for name in re.findall(r"@([\w#:]+)", items):
+        # Of no name: all there is.
+        for name in re.findall(r"@([\w#:]*)", items):
             if name not in seen:
                 seen.add(name)
                 yield from _code(parser, parser.get(name), seen)
+
+
+def _misread(config: Any) -> Iterator[str]:
+    """What makes MONAI read something else than `_code` does: names that are paths, or the same as others, and other
+    files, wherever they are."""
+    if isinstance(config, dict):
+        names = [str(name).replace("#", "::") for name in config]
+        yield from (f"{name}:" for name in names if not name or "::" in name or names.count(name) > 1)
+        for value in config.values():
+            yield from _misread(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _misread(value)
+    elif isinstance(config, str) and config.startswith("%"):
+        yield config
 
 
 def _own_files(folder: Path) -> Iterator[str]:
@@ -250,7 +277,20 @@ def _harmless(target: str) -> bool:
     found = [target] if "." in target else ComponentLocator(excludes=["apps"]).get_component_module_name(target)
     found = [found] if isinstance(found, str) else found
     names = [name if name.endswith(f".{target}") or "." in target else f"{name}.{target}" for name in found or []]
-    return bool(names) and all(_public(n) and n.startswith(_SAFE) and not n.startswith(_UNSAFE) for n in names)
+    return bool(names) and all(_public(name) and _known(name) and _known(_home(name)) for name in names)
+
+
+def _known(name: str) -> bool:
+    return name.startswith(_SAFE) and not name.startswith(_UNSAFE)
+
+
+def _home(name: str) -> str:
+    """Where the class of that name is defined: modules hold what they import, too."""
+    try:
+        found = locate(name) if _known(name) else None
+    except ErrorDuringImport:
+        found = None
+    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else name
 
 
 def _public(name: str) -> bool:

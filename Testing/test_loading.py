@@ -100,6 +100,30 @@ HOSTILE = {
     },
     "by a short name": {"network_def": {"_target_": "download_and_extract", "url": "x"}},
     "included file": {"network_def": "%secret.json"},
+    "included file that nothing needs": {"unused": "%secret.json"},
+    "relative reference": {"network_def": {**NETWORK, "num_classes": "@##count"}, "count": "$print('hello') or 3"},
+    "reference to all": {"first": "$print('hello')", "network_def": {**NETWORK, "num_classes": "@"}},
+    "two of one path": {
+        "network_def": {**NETWORK, "num_classes": "@own::count"},
+        "own::count": "$print('hello') or 3",
+        "own": {"count": 3},
+    },
+    "a path by another sign": {"network_def#num_classes": "$print('hello') or 3"},
+    "a path that is empty": {
+        "": {"count": "$print('hello') or 3"},
+        "count": 3,
+        "network_def": {**NETWORK, "num_classes": "@count"},
+    },
+    "a transform that writes, by the name of where it is imported": {
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "Compose", "transforms": [{"_target_": "monai.transforms.SaveImaged", "keys": "image"}]}
+            ],
+        }
+    },
+    "a debugger": {"network_def": {**NETWORK, "_mode_": "debug"}},
+    "another debugger": {"network_def": {**NETWORK, "_debug_": True}},
 }
 
 
@@ -108,6 +132,32 @@ def test_bundles_that_run_code_need_trust_and_show_it(tmp_path: Path, how: str) 
     with pytest.raises(mx.Untrusted, match=r"would run code of its own.*trust=True") as caught:
         mx.load_model(make_bundle(tmp_path / "b", **HOSTILE[how]))
     assert caught.value.code
+
+
+@pytest.mark.parametrize("how", ["relative reference", "two of one path", "a path that is empty"])
+def test_what_needs_trust_would_have_run(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MONAI finds these expressions where one who looks at the configuration finds none."""
+    assert mx.load_model(make_bundle(tmp_path / "b", **HOSTILE[how]), trust=True)
+    assert "hello" in capsys.readouterr().out
+
+
+def test_other_trainings_are_looked_for_beside_the_bundle_alone(tmp_path: Path) -> None:
+    """A path elsewhere could open anything, such as another computer of the network."""
+    own, beside, elsewhere = (make_bundle(tmp_path / name) for name in ("home/own", "home/others/one", "elsewhere"))
+    says: dict[str, Any] = {
+        "retrained": ["../others/one", str(elsewhere), "../../elsewhere", ".", "../none", "//host/share/one"],
+        "permuted": "../others/one",
+    }
+    (own / "configs" / "metadata.json").write_text(json.dumps({**METADATA, "medxai": says}), encoding="utf-8")
+    # A zipped bundle names those beside the archive: what it was unpacked to is gone.
+    zipped = Path(shutil.make_archive(str(own.parent / "packed"), "zip", own))
+    for path in (own, zipped):
+        model = mx.load_model(path)
+        assert (list(model.retrained), model.permuted) == ([beside.resolve()], beside.resolve())
+    says = {"retrained": "../others/one", "permuted": None}
+    (own / "configs" / "metadata.json").write_text(json.dumps({**METADATA, "medxai": says}), encoding="utf-8")
+    model = mx.load_model(own)
+    assert (list(model.retrained), model.permuted) == ([beside.resolve()], None)
 
 
 def test_what_a_person_trusts_is_the_whole_bundle(tmp_path: Path) -> None:
