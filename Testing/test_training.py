@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import replace
 from functools import cache
@@ -221,6 +222,19 @@ def test_dropout_is_resumed_too(tmp_path: Path) -> None:
         kept.append(torch.load(tmp_path / name, weights_only=True)["network"])
         torch.rand(5)  # Whatever else draws random numbers in between.
     assert all(torch.equal(value, kept[2][key]) for key, value in kept[0].items())
+
+
+def test_what_could_not_be_measured_is_not_in_the_metadata(tmp_path: Path) -> None:
+    """JSON (RFC 8259) has no NaN."""
+    measured = {"accuracy": 0.5, "pointing": math.nan}
+    about = dict.fromkeys(("name", "task", "description", "intended_use"), "x")
+    lung_nodule.write_classifier(tmp_path / "new", lung_nodule.build(), about, ["evidence"], "", measured)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    said = (tmp_path / "new" / "configs" / "metadata.json").read_text(encoding="utf-8")
+    assert json.loads(said, parse_constant=refuse)["eval_metrics"] == {"accuracy": 0.5}
 
 
 def test_training_refuses_what_it_cannot_do(tmp_path: Path) -> None:

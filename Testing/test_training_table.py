@@ -28,7 +28,7 @@ from MedXAILib.synthetic.lung_nodules import Backgrounds, synthesise
 from MedXAILib.tokens import tokens
 from MedXAILib.training import RECIPES, lung_nodule, train
 from MedXAILib.training.bundle import Grid
-from MedXAILib.training.table import Patches, augmented, fingerprint, read_table
+from MedXAILib.training.table import Patches, Table, augmented, fingerprint, read_table
 from MedXAILib.trust.wording import rouge_l
 
 GRID = Grid(24, 2.0)
@@ -355,6 +355,8 @@ def each(*more: str) -> list[str]:
         ("volume,label", ["s0.nrrd,a", "s1.nrrd,b"], "no row for the split 'test': give scans of at least three"),
         (BASIC, [line.replace(",b", ",a") for line in GOOD], "Every label .* 'a'.* two classes"),
         (BASIC, [*GOOD, "s4.nrrd,c,test"], "No row of the split 'train' .* label 'c'"),
+        (BASIC, [*GOOD[:3], "s3.nrrd,20261126,test"], "No row of the split 'train' .* label '20261126'"),
+        (BASIC, [line.replace(",a", ",0").replace(",b", ",20261126") for line in GOOD], "There is no class '20261126'"),
         (f"{BASIC},age", [*each("3"), "s0.nrrd,a,train,old"], "Row 6 .*'age': 'old' is not"),
         (f"{BASIC},age", each("inf"), "Row 2 .*'age': 'inf' is not a number"),
         (f"{BASIC},age", each(""), "'train' .* attribute 'age'"),
@@ -389,6 +391,33 @@ def test_labels_may_be_missing_only_where_nobody_learns_from_them(tmp_path: Path
         train("lung-nodule", tmp_path / "out", mx.Run(), data=table)
     with pytest.raises(MedXAIError, match=r"'healthy-lung' cannot learn from a table.* lung-nodule"):
         train("healthy-lung", tmp_path / "out", mx.Run(), data=table)
+
+
+def reported(folder: Path, *splits: str) -> Table:
+    """A table with the same report in a row for each of the splits."""
+    lines = [f's{i}.nrrd,{split},"50 % solid, #3 @ $2."' for i, split in enumerate(splits)]
+    return read_table(made(folder, lines, "volume,split,report"), GRID)
+
+
+@pytest.mark.parametrize("alone", ["validation", "test"])
+def test_captions_that_nothing_can_be_compared_with_are_refused_before_training(alone: str, tmp_path: Path) -> None:
+    recipe = RECIPES["lung-nodule-captioning"]
+    assert recipe.own is not None
+    both = ["train", "train", "validation", "validation", "test", "test"]
+    assert recipe.own(recipe, reported(tmp_path, *both)).score == "bleu_4"
+    both.remove(alone)
+    with pytest.raises(MedXAIError, match=f"one report in the split '{alone}'.*two or more"):
+        recipe.own(recipe, reported(tmp_path, *both))
+
+
+def test_signs_that_mean_something_in_a_bundle_are_no_words_of_a_network(tmp_path: Path) -> None:
+    """MONAI takes what begins with one of them for an expression, a file or a reference."""
+    recipe = RECIPES["lung-nodule-captioning"]
+    assert recipe.own is not None
+    recipe = recipe.own(recipe, reported(tmp_path, *["train", "validation", "test"] * 2))
+    recipe.publish(recipe.network(), {"bleu_4": 0.5, "seconds": 1.0}, tmp_path / "mine")
+    model = mx.load_model(tmp_path / "mine")
+    assert model.network.vocabulary == (",", ".", "2", "3", "50", "solid")
 
 
 @pytest.mark.parametrize(

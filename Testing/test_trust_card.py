@@ -159,6 +159,8 @@ def test_volumes_in_memory_are_cases_too(tmp_path):
     model = mx.load_model(path("Models/lung_nodule"))
     scan = mx.load_volume(SCAN)
     case = Asked("one", scan, None, "malignant", NODULE)
+    with pytest.raises(mx.MedXAIError, match=r"no check 'valid'.*validity"):
+        evaluate(model, [case], {"gradient": {}}, tmp_path, checks=["valid"])
     (row,) = evaluate(model, [case], {"gradient": {}}, tmp_path, checks=["validity"])
     assert row["cases"] == 1 and "validity: auprc" not in row
     assert torch.equal(scan.data, mx.load_volume(SCAN).data)

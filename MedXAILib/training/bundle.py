@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ def _metadata(
         "data_source": "chest CT lung2 of pyradiomics 3.0.1 (BSD 3-Clause), with computed nodules",
         "data_type": "nrrd",
         **about,
-        "eval_metrics": dict(metrics),
+        # JSON has no NaN.
+        "eval_metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
         "medxai": dict(own),
         "network_data_format": {
             "inputs": {

@@ -41,6 +41,8 @@ _WITHOUT_FINDINGS = 0.5
 """The share of patches of which the words have to be told from the image alone."""
 _AT_ONCE = 2
 """The wordings of a patch that are learnt from in one step."""
+_SIGNS = frozenset("$%@#")
+"""No words of a network: in a bundle's configuration, which holds them, they mean something else."""
 
 Sentence = tuple[list[str], list[str | None]]
 
@@ -369,14 +371,21 @@ def own(attention: bool, recipe: Recipe, table: Table) -> Recipe:
     """`recipe` for the reports of a person's own table, in the words that are said in at least two of them.
 
     Raises:
-        MedXAIError: for a row without a report, and when no word is said twice.
+        MedXAIError: for a row without a report, when no word is said twice, and when there is but one report to
+            validate or test with.
     """
     table.require("report")
     reports = [tokens(case.row["report"]) for case in table.of("train")]
     count = Counter(word for words in reports for word in set(words))
-    words = sorted(word for word, times in count.items() if times > 1)
+    words = sorted(word for word, times in count.items() if times > 1 and word not in _SIGNS)
     if not words:
         raise MedXAIError(f"No word is in two reports of '{table.path.name}': give more reports.")
+    for split in ("validation", "test"):
+        if len(table.of(split)) < 2:
+            raise MedXAIError(
+                f"'{table.path.name}' has one report in the split '{split}', where captions are compared with those of "
+                "other patches: give two or more."
+            )
     return replace(
         recipe,
         network=partial(Captioner, words, {}, attention),

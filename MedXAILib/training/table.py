@@ -256,7 +256,8 @@ def _together(parts: Sequence[_Part], masked: bool) -> Patches:
 
 def _names(labels: Sequence[str]) -> tuple[str, ...]:
     if all(label.isdecimal() for label in labels):
-        return tuple(str(index) for index in range(1 + max(map(int, labels), default=-1)))
+        # No more than can be learnt: it may be a column of numbers that are no labels.
+        return tuple(str(index) for index in range(1 + min(max(map(int, labels), default=-1), len(labels))))
     return tuple(sorted(set(labels)))
 
 

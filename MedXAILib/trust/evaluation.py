@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from MedXAILib.engines.shapley import student
-from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory
+from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.model import Model
 from MedXAILib.region import Region
 from MedXAILib.registry import make
@@ -98,6 +98,9 @@ def results(
     chosen = tuple(CHECKS) if checks is None else tuple(checks)
     for method, parameters in methods.items():
         make(method, parameters)
+    for check in chosen:
+        if check not in CHECKS:
+            raise unknown("check", check, CHECKS)
     (out / "cases").mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for number, case in enumerate(cases):
