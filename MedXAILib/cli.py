@@ -467,9 +467,13 @@ def _parameters(method: str, given: dict[str, str]) -> dict[str, Any]:
 
     fields = EXPLAINERS[method].model_fields if method in EXPLAINERS else {}
     several = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
-    typed = {name: tuple(value.split(",")) if name in several else value for name, value in given.items()}
+    typed = {name: _parts(value) if name in several else value for name, value in given.items()}
     make(method, typed)
     return typed
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _target(model: Model, name: str | None, versus: str | None) -> Any:

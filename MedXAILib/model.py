@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.generator import decoder, spoken
+from MedXAILib.generator import External, decoder, spoken
 from MedXAILib.grid import from_4x4, resample, to_4x4
 from MedXAILib.region import Region, cut
 from MedXAILib.run import Precision, out_of_memory
@@ -325,9 +325,9 @@ class Model:
         """What the network says about `volume` (see `prepare` for `region`)."""
         with self.ready() as device, torch.no_grad():
             prepared = self.prepare(volume, region)
-            output = self.forward(prepared.x[None].to(device, self.dtype)).float()
-            text = self._text(output) if self.task == "captioning" else ""
-        output = output.cpu()
+            output = self.forward(prepared.x[None].to(device, self.dtype))
+            text = self._text(volume, output) if self.task == "captioning" else ""
+        output = output.float().cpu()
         if self.task == "segmentation":
             labels = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
             on_grid = Volume(
@@ -341,7 +341,9 @@ class Model:
         values = self.probabilities(output)[0].flatten()
         return Prediction(output, {self.class_name(i): float(v) for i, v in enumerate(values)})
 
-    def _text(self, output: Tensor) -> str:
+    def _text(self, volume: Volume, output: Tensor) -> str:
+        if isinstance(self.network, External):
+            return written([token.text for token in self.network.generator.generate(volume)])[0]
         words = decoder(self.network, self.name)
         return written(spoken(words, words.beam(output)[0]))[0]
 

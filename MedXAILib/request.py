@@ -22,6 +22,7 @@ from MedXAILib.ensemble import Ensemble, combine
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Attribution, Explainer, Question, Technique, Teller
 from MedXAILib.explanation import Explanation, Provenance, SaliencyMap
+from MedXAILib.generator import External
 from MedXAILib.grid import resample, resample_part
 from MedXAILib.model import Model, Prepared
 from MedXAILib.region import Region
@@ -96,7 +97,8 @@ def explain(
     wanted: Sequence[Wanted] = target if several else [target]  # type: ignore[assignment, list-item]
     found: Any
     if isinstance(technique, Teller):
-        found = _tell(model, technique, volume, wanted, region, _fresh(run))
+        # Vectors and words are of the network as it is.
+        found = _tell(model, technique, volume, wanted, region, replace(_fresh(run), precision=None))
     elif isinstance(model, Ensemble):
         # What one member has so far is nothing that the ensemble would say.
         alone = replace(_fresh(run), partial=None)
@@ -206,6 +208,8 @@ def _explain(
     model: Model, explainer: Technique, volume: Scan, wanted: Sequence[Wanted], region: Region | None, run: Run
 ) -> list[SaliencyMap]:
     assert isinstance(explainer, Explainer)
+    if isinstance(model.network, External):
+        raise MedXAIError(f"{model.name} is a report generator, whose inside is not known: ask it by captioning.")
     batch = _Batch.of(volume, model)
     targets = [as_target(t, model) for t in wanted]
     with model.ready(run.device) as device, run.measured(device):

@@ -237,8 +237,9 @@ class CaptionTarget(Target):
     def _index(self, caption: Sequence[str]) -> int:
         if self.word is None:
             return 0
-        if isinstance(self.word, str) and self.word.lower() in caption:
-            return caption.index(self.word.lower())
+        for word in (self.word, self.word.lower()) if isinstance(self.word, str) else ():
+            if word in caption:
+                return caption.index(word)
         if isinstance(self.word, int) and 0 <= self.word < len(caption):
             return self.word
         raise MedXAIError(

@@ -469,8 +469,46 @@ def test_somebody_elses_generator_is_shown_with_its_own_attention() -> None:
     assert large.confidence == pytest.approx(0.8) and nodule.confidence is nodule.map is None
     np.testing.assert_allclose(large.place, (volume.affine @ (2, 4, 6, 1))[:3], atol=1e-4)
     assert told.maps.shape == (1, *volume.shape) and told.provenance.model["name"] == "theirs"
-    with pytest.raises(mx.MedXAIError, match="not differentiable"):
-        mx.explain(model, volume, "gradient")
+    assert model.predict(volume).text == told.text
+    for method in ("gradient", "occlusion", "rise"):
+        with pytest.raises(mx.MedXAIError, match="theirs is a report generator"):
+            mx.explain(model, volume, method)
+
+
+class Plain(nn.Module):
+    """A network of plain images that always says the same, in a spelling of its own."""
+
+    vocabulary = ("A", "<unk>", "T2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.seen(image)
+
+    def log_probabilities(self, features: Tensor, words: Tensor) -> Tensor:
+        each: Tensor = features.mean((2, 3)).log_softmax(1)
+        return each[:, None].expand(-1, words.shape[1] + 1, -1)
+
+    def beam(self, features: Tensor, width: int = 3) -> Tensor:
+        return torch.tensor([[1, 3, 2]]).expand(len(features), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_images_have_words_and_no_maps(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = Plain().to(dtype)
+    model = mx.Model(network, "captioning")
+    image = mx.Volume(torch.rand(1, 20, 18), np.eye(3))
+    told = mx.tell(model, image, "captioning", least=0, check=False)
+    assert isinstance(told, mx.Caption) and told.text == model.predict(image).text == "A T2 <unk>"
+    with torch.no_grad():
+        expected = network(image.data[None].to(dtype)).mean((2, 3)).softmax(1)[0, [1, 3, 2]]
+    assert [word.confidence for word in told.words] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert len(told.maps) == 0 and {(word.map, word.place) for word in told.words} == {(None, None)}
+    # The methods of maps know the words in their own spelling.
+    assert mx.explain(model, image, "hirescam", "T2").provenance.target_label == "“T2”"
 
 
 def test_sentences_as_numbers_know_what_each_word_states() -> None:

@@ -126,7 +126,8 @@ def test_parameters_reach_the_method(here):
     made = mx.load_explanation("out").provenance
     assert (made.parameters["samples"], made.parameters["noise"], made.parameters["per_channel"]) == (2, 0.2, True)
     assert made.seed == 5
-    assert medxai("explain", "test_cli:network", "scan.nrrd", "--set", "layers=0,1", "-o", "out").exit_code == 0
+    for layers in ("layers=0,1", "layers=0, 1,"):
+        assert medxai("explain", "test_cli:network", "scan.nrrd", "--set", layers, "-o", "out").exit_code == 0
     assert mx.load_explanation("out").provenance.parameters["layers"] == ["0", "1"]
 
 

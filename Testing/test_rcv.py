@@ -133,6 +133,16 @@ def test_few_or_equal_measures_are_refused() -> None:
     assert "all examples have as much of it" in found["same"].refused
 
 
+def test_measure_that_is_rare_has_an_interval() -> None:
+    x, _ = planted(60, 0)
+    rare = np.zeros(60)
+    rare[:4] = 10
+    x[:4, 0] += 20
+    found = rcv(model(), examples(x, {"rare": rare}), draws=100)["rare"]
+    # Of 100 draws of 60 among which 4 have any, some have none at all: (56 / 60) ** 60 is 1.6 %.
+    assert found.score is not None and 0 < found.numbers["r2_interval"] < 1
+
+
 def test_measures_of_a_ball_and_a_box_on_an_oblique_grid() -> None:
     affine, shape = oblique_affine((1.5, 0.8, 1.1)), (36, 60, 50)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)

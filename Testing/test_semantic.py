@@ -281,6 +281,26 @@ def test_network_of_ones_own() -> None:
     assert told.text.endswith(f"The network says risk {risk:.3g}.")
 
 
+class OfPlain(Own):
+    """The same of plain images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.voxels = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.constant_(self.voxels.weight, 1000.0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        brightness, _ = self.names(self.voxels(image).mean((2, 3))).unbind(1)
+        return (0.02 * brightness)[:, None]
+
+
+def test_plain_images_have_attributes_and_no_maps() -> None:
+    x = torch.full((1, 4, 4), 0.4)
+    x[0, 1, 2] = 2
+    told = mx.tell(mx.Model(OfPlain(), task="regression"), x, "semantic")
+    assert told.concepts[0].value == pytest.approx(500) and told.concepts[0].map is None and len(told.maps) == 0
+
+
 def test_map_of_a_finding_is_in_log_odds() -> None:
     x = torch.full((1, 4, 4, 4), 0.1)
     x[0, 1, 2, 3] = 3.3

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import MedXAILib as mx
+from MedXAILib.engines.concept_vectors import Scan
 from MedXAILib.textual.significance import FOLDS, benjamini_hochberg, exceeded, folds, shuffled
 from MedXAILib.textual.tcav import _compact, concept_vector, held_out_accuracy, score
+from MedXAILib.window import Window
 
 SCAN = mx.Volume(torch.randn(4, *GRID, generator=torch.Generator().manual_seed(9)), np.eye(4))
 
@@ -446,6 +448,9 @@ def test_segments_of_the_scan_against_elsewhere(tmp_path) -> None:
         assert found.name == name and found.numbers["with"] == found.numbers["without"] == 30
         assert found.score > 0.9 and found.numbers["accuracy"] > 0.9
         assert any("places of one scan" in note for note in told.provenance.notes)
+    labels[:, 0, 0, 0] = torch.nan
+    again = mx.tell(network, scan, "tcav", "yes", region=at, examples=mx.Volume(labels, affine), patches=30, draws=30)
+    assert [found.name for found in again.concepts] == ["segment 2"]
     with pytest.raises(mx.MedXAIError, match="has no segment"):
         mx.tell(network, scan, "tcav", "yes", region=at, examples=mx.Volume(0 * labels, affine))
 
@@ -480,6 +485,57 @@ def _head() -> list[nn.Module]:
     with torch.no_grad():
         linear.weight.copy_(WEIGHTS)
     return [nn.AdaptiveAvgPool3d(1), nn.Flatten(), linear]
+
+
+class Overflowing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.where(x > 8, torch.inf, 1.0)).nan_to_num(posinf=torch.inf)
+
+
+@pytest.mark.parametrize("method", ["tcav", "rcv"])
+def test_network_that_overflows_on_an_example_says_so(method: str) -> None:
+    x, there = drawn(40, 0, bright=0)
+    x[7, 0, 0, 0, 0] = 9
+    network = model()
+    network.network.features = Overflowing()
+    with pytest.raises(mx.MedXAIError, match="not finite for an example"):
+        mx.tell(network, SCAN, method, "yes", examples=examples(x, there))
+
+
+class Averaged(nn.Module):
+    """Labels by the scan itself, seen through a layer of the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: Tensor = self.features(x)
+        return torch.cat([-seen[:, :1], seen[:, :1]], 1)
+
+
+def test_examples_that_are_more_than_a_window_say_where() -> None:
+    """Of several windows a layer has several vectors, and the last of them is not that of the scan."""
+    x, there = drawn(40, 0, bright=0)
+    given = {"task": "segmentation", "class_names": ("none", "some"), "channels": 4, "layers": ("features",)}
+    network = mx.Model(Averaged(), window=Window((3, 4, 3)), **given)
+    affine = np.eye(4)
+    at = {"region": (1, 1, 1), "target": mx.SegmentationTarget("some", within="everywhere"), "vector": "pattern"}
+    with pytest.raises(mx.MedXAIError, match=r"Example \d+: .* window by window: say where"):
+        mx.tell(network, SCAN, "tcav", examples=examples(x, there), **at)
+    cut = [Scan(mx.Volume(one, affine), (1, 1, 1)) for one in x]
+    found = mx.tell(network, SCAN, "tcav", examples=mx.Examples(cut, there), **at).concepts[0]
+    assert found.score > 0.9
+
+
+def test_what_is_not_kept_says_so() -> None:
+    network, x = model(), drawn(40, 0, bright=0)
+    told = mx.tell(network, SCAN, "tcav", "yes", examples=examples(*x), run=mx.Run(precision="bfloat16"))
+    with pytest.raises(mx.MedXAIError, match="were in memory, and are not kept"):
+        mx.recompute(told, network, SCAN)
+    # Nor is a precision claimed in which nothing was computed.
+    exact = mx.tell(network, SCAN, "tcav", "yes", examples=examples(*x))
+    assert told.concepts == exact.concepts and "precision" not in told.provenance.model
 
 
 def test_plain_images_have_scores_and_no_maps() -> None:

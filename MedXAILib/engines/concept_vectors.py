@@ -62,11 +62,16 @@ class Scan:
         """
         try:
             volume = self.volume if isinstance(self.volume, Volume) else load(self.volume)
-            return model.prepare(volume, self.region)
+            seen = model.prepare(volume, self.region)
         except (Cancelled, OutOfMemory):
             raise
         except MedXAIError as error:
             raise MedXAIError(f"{self.name}: {error}") from error
+        if model.slides(seen.x.shape[1:]):
+            raise MedXAIError(
+                f"{self.name}: {model.name} looks at it window by window: say where (region, RAS mm), or cut it out."
+            )
+        return seen
 
 
 def vectors(
@@ -112,6 +117,11 @@ def _of_batch(
     else:
         gradients = asked.gradients(values[0], [taken[name].raw for name in layers])
         found = [one.moving(g, pool) for one, g in zip(at, gradients, strict=True)]
+    if not all(bool(one.isfinite().all()) for one in found):
+        raise MedXAIError(
+            f"{question.model.name} is not finite for an example: it overflows there; check that the examples are as "
+            "those that it learnt from."
+        )
     return [[layer[i].cpu().numpy() for layer in found] for i in range(len(seen))]
 
 

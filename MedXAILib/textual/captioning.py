@@ -154,6 +154,10 @@ def made(
 ) -> Callable[..., Explanation]:
     """What makes a caption of words, with the map (1, D, H, W) of those that have one, on the grid of `volume`."""
     text, starts = written(said)
+    shape = volume.shape
+    if len(shape) < 3:
+        # A plain image has no maps: those of a caption are of volumes.
+        maps, shape = {}, (1, 1, 1)
     words = []
     for t, (word, start) in enumerate(zip(said, starts, strict=True)):
         if not any(letter.isalnum() for letter in word):
@@ -163,7 +167,7 @@ def made(
         index = None if of_map is None else list(maps).index(t)
         end = start + len(word)
         words.append(Word(text[start:end], start, end, confidence[t], index, place, numbers.get(t, {})))
-    stacked = torch.cat(list(maps.values())) if maps else torch.zeros(0, *volume.shape)
+    stacked = torch.cat(list(maps.values())) if maps else torch.zeros(0, *shape)
     return partial(Caption, residual={}, text=text, words=tuple(words), maps=stacked, affine=volume.affine)
 
 

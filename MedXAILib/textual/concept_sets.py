@@ -40,6 +40,8 @@ MEASURES = {
 """What is measured of a segmentation, with its unit: see `measured`."""
 
 _IMAGES = (".nrrd", ".nhdr", ".nii", ".nii.gz", ".mha", ".mhd", ".dcm")
+# What stands for examples that have no file, before their hash.
+_IN_MEMORY = "examples "
 _SIDES = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
 
@@ -142,6 +144,8 @@ def _source(value: Any) -> str | Volume | Examples:
         return value
     if not isinstance(value, (str, Path)):
         raise ValueError("examples are a CSV file, a folder of folders, a segmentation, or Examples")
+    if str(value).startswith(_IN_MEMORY):
+        raise ValueError("these examples were in memory, and are not kept: ask anew, with the examples themselves")
     if str(value) and not Path(value).exists():
         raise ValueError(f"there is no file or folder '{value}': check the path")
     return str(value)
@@ -150,7 +154,7 @@ def _source(value: Any) -> str | Volume | Examples:
 ExampleSource = Annotated[
     Any,
     PlainValidator(_source),
-    PlainSerializer(lambda v: v if isinstance(v, str) else f"examples {v.fingerprint}", return_type=str),
+    PlainSerializer(lambda v: v if isinstance(v, str) else _IN_MEMORY + v.fingerprint, return_type=str),
     WithJsonSchema({"type": "string", "format": "file"}),
     Field(
         description="what concepts look like: a CSV file (columns volume, region, label, and one for each concept), a "
@@ -259,7 +263,7 @@ def _of_file(path: Path, volume: Volume, patches: int, run: Run) -> Examples:
 def _segments(marked: Volume, names: Mapping[tuple[int, int], str]) -> dict[str, Tensor]:
     """The mask (D, H, W) of each label of a segmentation. Segments that overlap are in several channels."""
     found = {}
-    for layer, labels in enumerate(marked.data):
+    for layer, labels in enumerate(marked.data.nan_to_num()):
         for value in labels.unique().tolist():
             if value:
                 found[names.get((layer, int(value)), f"segment {int(value)}")] = labels == value

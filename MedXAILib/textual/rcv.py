@@ -90,7 +90,9 @@ class RCV(ConceptMethod):
             )
         anew = random.integers(len(known), size=(self.draws, len(known)))
         drawn = [_unit_vector(Ridge(whole.alpha_).fit(x[rows], known[rows]).coef_) for rows in anew]
-        again = explained(known[anew].T, told[:, 0][anew].T)
+        # Where a measure is rare, all that are drawn may have as much of it.
+        some = anew[known[anew].std(1) > 0]
+        again = explained(known[some].T, told[:, 0][some].T)
         numbers["r2_interval"] = _half(again)
         return Found(numbers, "", whole.coef_, unit, np.stack(drawn), float(whole.predict(at[None])[0]))
 

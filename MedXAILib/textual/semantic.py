@@ -91,6 +91,10 @@ class Semantic(Teller):
         changes = parsed(self.intervene, attributes)
         question.run.step(0, 2, self.title)
         predicted, maps, seen = _read(question, network)
+        placed = resample(maps, question.seen[0].affine, volume.shape, volume.affine)
+        if len(volume.shape) < 3:
+            # A plain image has no maps: those of concepts are of volumes.
+            placed, seen = torch.zeros(0, 1, 1, 1), {}
         question.run.step(1, 2, self.title)
         values = changed(predicted, scales, changes)
         reference = dict(zip(names, torch.as_tensor(network.reference).tolist(), strict=True))
@@ -135,7 +139,7 @@ class Semantic(Teller):
             concepts=tuple(concepts),
             scored=f"share of the score of {target.label}",
             text=text,
-            maps=resample(maps, question.seen[0].affine, volume.shape, volume.affine),
+            maps=placed,
             affine=volume.affine,
         )
 
