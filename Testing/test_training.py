@@ -245,3 +245,12 @@ def test_training_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(MedXAIError, match="not a place for a bundle"):
         train("lung-nodule", tmp_path / "mine", Run())
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    with pytest.raises(MedXAIError, match=r"'.*thesis.txt' cannot be made .*another folder"):
+        train("lung-nodule", tmp_path / "mine" / "thesis.txt" / "bundle", Run())
+
+
+@pytest.mark.parametrize("content", [b"", b"junk"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "new.checkpoint.pt").write_bytes(content)
+    with pytest.raises(MedXAIError, match=r"'.*new.checkpoint.pt' is damaged: delete it"):
+        train("lung-nodule", tmp_path / "new", Run(), quick=True)

@@ -389,6 +389,9 @@ def test_labels_may_be_missing_only_where_nobody_learns_from_them(tmp_path: Path
     table = read_table(made(tmp_path, [*GOOD, "s4.nrrd,,test"], "volume,label,split"))
     with pytest.raises(MedXAIError, match=r"Row 6 .*'label': it is empty"):
         train("lung-nodule", tmp_path / "out", mx.Run(), data=table)
+    # Before scans are read, of which there are none.
+    with pytest.raises(MedXAIError, match="no device 'toaster'"):
+        train("lung-nodule", tmp_path / "out", mx.Run(device="toaster"), data=read_table(made(tmp_path, GOOD, BASIC)))
     with pytest.raises(MedXAIError, match=r"'healthy-lung' cannot learn from a table.* lung-nodule"):
         train("healthy-lung", tmp_path / "out", mx.Run(), data=table)
 

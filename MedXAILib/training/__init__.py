@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.model import available
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import (
@@ -56,7 +57,8 @@ def train(name: str, out: str | Path, run: Run, quick: bool = False, data: Table
     `seconds`.
 
     Raises:
-        MedXAIError: for an unknown name, data that it cannot learn from or a place that cannot be written to.
+        MedXAIError: for an unknown name, data that it cannot learn from, a place that cannot be written to, a device
+            that is not there, and a damaged checkpoint.
         Cancelled: when the person asked to stop.
     """
     if name not in RECIPES:
@@ -64,7 +66,12 @@ def train(name: str, out: str | Path, run: Run, quick: bool = False, data: Table
     recipe = RECIPES[name] if data is None else _own(RECIPES[name], data)
     recipe = recipe.smoke() if quick else recipe
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # Said before scans are read, which takes long.
+    available(run.device or "cpu")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MedXAIError(f"'{out.parent}' cannot be made ({error.strerror}): give another folder.") from error
     if not os.access(out.parent, os.W_OK) or (out.exists() and not (out / "configs" / "metadata.json").exists()):
         raise MedXAIError(f"'{out}' is not a place for a bundle: give a new folder, or the bundle to replace.")
     checkpoint = out.with_name(out.name + ".checkpoint.pt")

@@ -79,7 +79,8 @@ def fit(
 
     Raises:
         Cancelled: when the person asked to stop.
-        MedXAIError: when `checkpoint` belongs to another training, or `held_out` cannot tell good weights from bad.
+        MedXAIError: when `checkpoint` is damaged or belongs to another training, or `held_out` cannot tell good weights
+            from bad.
     """
     device = available(run.device or "cpu")
     with torch.random.fork_rng(devices=[]):
@@ -92,7 +93,10 @@ def fit(
     epoch, best_epoch, best = 0, 0, -math.inf
     weights = _weights(network)
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        try:
+            state = torch.load(checkpoint, map_location=device, weights_only=True)
+        except Exception as error:
+            raise MedXAIError(f"'{checkpoint}' is damaged: delete it to begin anew.") from error
         if state["identity"] != identity:
             raise MedXAIError(f"'{checkpoint}' is of another training ({state['identity']}): delete it to begin anew.")
         network.load_state_dict(state["network"])
