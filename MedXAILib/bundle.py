@@ -37,7 +37,8 @@ from MedXAILib.model import Model
 from MedXAILib.window import Window
 
 _SAFE = ("monai.networks.", "monai.transforms.", "monai.inferers.", "torch.nn.modules.", "MedXAILib.networks.")
-_UNSAFE = ("monai.transforms.io.",)
+# These open files that they are told of, the last as pickles.
+_UNSAFE = ("monai.transforms.io.", "monai.networks.nets.transchex.", "monai.networks.nets.cell_sam_wrapper.")
 
 _NETWORK = ("network_def", "network")
 _LOADING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "SaveImage", "ToDevice", "AddChannel")
@@ -216,6 +217,8 @@ def _code(parser: ConfigParser, items: Any, seen: set[str] | None = None) -> Ite
         # A debugger runs what it is told on standard input.
         if items.get("_debug_") or items.get("_mode_", "default") not in ("default", "callable"):
             yield f"a debugger in {target}"
+        # Which may be got from any address, and what is needed is in the bundle.
+        yield from (f"{name}: {value}" for name, value in items.items() if str(name).startswith("pretrained") and value)
         for value in items.values():
             yield from _code(parser, value, seen)
     elif isinstance(items, (list, tuple)):

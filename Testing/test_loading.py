@@ -122,6 +122,8 @@ HOSTILE = {
             ],
         }
     },
+    "weights from anywhere": {"network_def": {"_target_": "HoVerNet", "pretrained_url": "http://localhost:9/weights"}},
+    "a checkpoint from anywhere": {"network_def": {"_target_": "CellSamWrapper", "checkpoint": "../other.pt"}},
     "a debugger": {"network_def": {**NETWORK, "_mode_": "debug"}},
     "another debugger": {"network_def": {**NETWORK, "_debug_": True}},
 }
