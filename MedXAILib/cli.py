@@ -555,7 +555,7 @@ def _report(shown: Shown, prediction: Prediction, out: Path) -> None:
 
     console, explanation = Console(highlight=False), shown.explanation
     made = explanation.provenance
-    console.print(_said(prediction, made.target_label))
+    console.print(_said(prediction, made.target_label) if prediction.scores else _shown(prediction.text))
     where = ", ".join(f"{value:.1f}" for value in peak(explanation))
     console.print(f"{title(made.method)} for [bold]{_shown(made.target_label)}[/] peaks at {where} (RAS mm).")
     for sentence in shown.localisation.words() if shown.localisation else ():

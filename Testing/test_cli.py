@@ -120,6 +120,35 @@ def test_explain_writes_nifti(here):
     assert not (here / "out" / "map.nrrd").exists()
 
 
+class Writer(nn.Module):
+    """It writes one word, whatever it sees."""
+
+    vocabulary = ("lump",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Conv3d(1, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.seen(x)
+
+    def log_probabilities(self, features: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return features.mean((2, 3, 4)).log_softmax(1)[:, None].expand(-1, words.shape[1] + 1, -1)
+
+    def beam(self, features: torch.Tensor, width: int = 3) -> torch.Tensor:
+        return torch.ones(len(features), 1, dtype=torch.long)
+
+
+def writer() -> mx.Model:
+    return mx.Model(Writer(), "captioning")
+
+
+def test_the_map_of_a_word_comes_with_the_caption(here):
+    result = medxai("explain", "test_cli:writer", "scan.nrrd", "-m", "gradient", "-t", "lump", "-o", "out")
+    assert result.exit_code == 0 and "“lump” peaks at" in result.stdout
+    assert result.stdout.startswith("Lump\n")
+
+
 def test_parameters_reach_the_method(here):
     words = "--set", "samples=2", "--set", "noise=0.2", "--set", "per_channel=true", "--seed", "5", "-o", "out"
     assert medxai("explain", "test_cli:network", "scan.nrrd", "-m", "gradient", *words).exit_code == 0

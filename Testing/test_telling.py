@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from concept_examples import drawn, examples
+from concept_examples import model as pooled_model
 from test_captioning import image, small
 from torch import Tensor, nn
 
@@ -94,6 +96,41 @@ def test_the_network_is_as_before_and_another_is_refused(asked: tuple[mx.Model, 
     assert all(torch.equal(before[name], value) for name, value in model.network.state_dict().items())
     with pytest.raises(mx.MedXAIError, match="not the network that was explained"):
         telling.judge(told, mx.Model(Network(), channels=1), volume)
+
+
+class First(Weights):
+    """What do the first of them weigh?"""
+
+    id: ClassVar[str] = "first"
+    count: int = 2
+    alike: bool = False
+
+    def tell(self, question: Question, volume: Volume) -> Callable[..., mx.Explanation]:
+        told = super().tell(question, volume).keywords["concepts"][: self.count]  # type: ignore[attr-defined]
+        if self.alike:
+            told = tuple(mx.Concept(one.name, refused="not found") for one in told)
+        return partial(mx.ConceptScores, residual={}, concepts=told, scored="weight")
+
+
+@pytest.mark.parametrize(("count", "alike", "verdict"), [(1, False, 0), (2, False, 0), (8, True, 0), (3, False, 1)])
+def test_concepts_that_cannot_correlate_have_no_verdict(
+    count: int, alike: bool, verdict: int, asked: tuple[mx.Model, mx.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two numbers always correlate by 1, and one, or equal ones, not at all."""
+    monkeypatch.setitem(registry.EXPLAINERS, First.id, First)
+    found = telling.judge(mx.tell(*asked, "first", 1, count=count, alike=alike), *asked)
+    assert len(found.values) == 3 * verdict and (found.light is not None) == bool(verdict)
+
+
+def test_examples_in_memory_are_given_again() -> None:
+    x, there = drawn(40, 0, bright=0, dark=2, idle=1)
+    network, volume = pooled_model(), mx.Volume(x[0], np.eye(4))
+    given = examples(x, there)
+    told = mx.tell(network, volume, "tcav", "yes", examples=given, vector="pattern", draws=30)
+    with pytest.raises(mx.MedXAIError, match="were in memory"):
+        telling.judge(told, network, volume)
+    found = telling.judge(told, network, volume, given={"examples": given})
+    assert 0 <= found.values["lowest"] <= found.values["highest"] <= 1
 
 
 def made(asked: tuple[mx.Model, mx.Volume]) -> mx.Provenance:

@@ -161,6 +161,8 @@ def test_volumes_in_memory_are_cases_too(tmp_path):
     case = Asked("one", scan, None, "malignant", NODULE)
     with pytest.raises(mx.MedXAIError, match=r"no check 'valid'.*validity"):
         evaluate(model, [case], {"gradient": {}}, tmp_path, checks=["valid"])
+    with pytest.raises(mx.MedXAIError, match="Semantic attributes answers without a map"):
+        evaluate(model, [case], {"semantic": {}}, tmp_path, checks=["validity"])
     (row,) = evaluate(model, [case], {"gradient": {}}, tmp_path, checks=["validity"])
     assert row["cases"] == 1 and "validity: auprc" not in row
     assert torch.equal(scan.data, mx.load_volume(SCAN).data)

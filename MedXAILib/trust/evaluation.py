@@ -97,7 +97,9 @@ def results(
     run = run if run is not None else Run()
     chosen = tuple(CHECKS) if checks is None else tuple(checks)
     for method, parameters in methods.items():
-        make(method, parameters)
+        technique = make(method, parameters)
+        if technique.kind != "SaliencyMap":
+            raise MedXAIError(f"{technique.title} answers without a map, and only maps are compared: leave it out.")
     for check in chosen:
         if check not in CHECKS:
             raise unknown("check", check, CHECKS)

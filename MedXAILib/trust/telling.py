@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +32,17 @@ from MedXAILib.volume import Volume
 # As for maps.
 _GOOD, _FAIR = 0.5, 0.8
 
+# Of two concepts the correlation is always 1, whatever became of them.
+_FEWEST = 3
+_FEW = f"Nothing can be said: it takes {_FEWEST} concepts that differ in what they mean to the network."
 
-def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = None) -> Finding:
+
+def judge(
+    told: Explanation, model: Model, volume: Volume, run: Run | None = None, given: Mapping[str, Any] | None = None
+) -> Finding:
     """How alike (see `likeness`) an explanation stays when the upper third of the layers is re-drawn: the mean of
-    three draws.
+    three draws. `given` has those of its parameters that were in memory, of which its provenance has but the
+    fingerprint. There is no verdict on fewer than three concepts, or on concepts that all count the same.
 
     Raises:
         MedXAIError: when `model` or `volume` is not the one that was explained, or the network cannot be re-drawn.
@@ -42,10 +50,12 @@ def judge(told: Explanation, model: Model, volume: Volume, run: Run | None = Non
     run = run if run is not None else Run()
     made = told.provenance
     check_explained(made, model, volume)
+    if isinstance(told, ConceptScores) and (len(_scores(told)) < _FEWEST or len({*_scores(told).values()}) < 2):
+        return Finding("randomisation", TITLE, _FEW, None, {})
     target = from_spec(made.target)
     # What a caption says is to be found again.
     anew = replace(target, caption=None) if isinstance(target, CaptionTarget) else target
-    asked = {**made.parameters, **getattr(methods()[made.method], "bare", {})}
+    asked = {**made.parameters, **(given or {}), **getattr(methods()[made.method], "bare", {})}
     with model.ready(run.device) as device, model.keeping_last():
         seen = model.prepare(volume, made.region)
         question = Question(model, seen.x[None].to(device, model.dtype), [seen], [target], run)
