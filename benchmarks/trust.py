@@ -33,6 +33,7 @@ from MedXAILib.explainer import Technique
 from MedXAILib.registry import EXPLAINERS
 from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import CLASSES, SPACING_MM, synthesise
+from MedXAILib.synthetic.whole_lungs import crops
 from MedXAILib.trust import additivity, discrimination, faithfulness, randomisation, retraining, stability, validity
 from MedXAILib.trust.evaluation import Asked, means, numbers
 from MedXAILib.trust.evaluation import results as evaluated
@@ -45,10 +46,10 @@ CASES, FEW, SEED = 204, 12, 402
 SLICE = 12
 """Cases that a process takes at once; one where a single one takes long."""
 
-NETWORKS = {"attention": "lung_nodule_attention"}
+NETWORKS = {"attention": "lung_nodule_attention", "mil": "lung_mil_attention"}
 """What explains itself is of a network that does; all else is of `lung_nodule`."""
 
-SLOW = frozenset({"scorecam", "deep_shap", "gradient_shap"})
+SLOW = frozenset({"mil", "scorecam", "deep_shap", "gradient_shap"})
 """These ask about many scans for each map, as the methods do that perturb."""
 
 COLUMNS = {
@@ -123,6 +124,8 @@ nodules in 50 mm of real lung, of which it is known where they are ([demo-networ
 looks at all of the 50 mm, and the nodules lie 15 mm off the middle on average: who points at the middle mostly misses.
 The first rows are maps that know nothing of the network, to compare with. `python -m benchmarks.trust` measures what is
 missing and writes the page.
+
+`attention` and `mil` are of networks of their own, `mil` of pieces of lung of 100 mm.
 
 Means over cases ± half the 95 % confidence interval.
 
@@ -211,6 +214,17 @@ def cases(count: int) -> list[Asked]:
 
 
 @cache
+def lungs(count: int) -> list[Asked]:
+    """Pieces of lung of 100 mm with nodules, for the network that looks at more than a patch, and takes all of them."""
+    drawn = crops(patches.scan(), 2 * count, SEED)
+    affine = np.diag([SPACING_MM] * 3 + [1.0])
+    return [
+        Asked(f"lung {i}", mx.Volume(drawn.images[i], affine), mx.Volume(drawn.masks[i].float(), affine), "nodule")
+        for i in drawn.grades.nonzero()[:count, 0].tolist()
+    ]
+
+
+@cache
 def _model(name: str, device: str | None) -> mx.Model:
     model = patches.demo_model(name)
     # Once, and not for each map.
@@ -242,7 +256,8 @@ def measured(row: Wanted, some: slice, count: int, device: str | None, scratch: 
     EXPLAINERS.update(BLIND)
     methods = {row.method: {k: _lung(scratch) if v == rows.LUNG else v for k, v in row.parameters.items()}}
     model, run = _model(row.network, device), Run(device=device)
-    found = evaluated(model, cases(count)[some], methods, scratch / row.method, run, tuple(LIMITS))
+    of = lungs if row.method == "mil" else cases
+    found = evaluated(model, of(count)[some], methods, scratch / row.method, run, tuple(LIMITS))
     return [_kept(one) for one in found[row.method]]
 
 
