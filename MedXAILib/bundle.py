@@ -225,11 +225,12 @@ def _code(parser: ConfigParser, items: Any, seen: set[str] | None = None) -> Ite
         for value in items:
             yield from _code(parser, value, seen)
     elif isinstance(items, str):
-        # What is relative to a place refers to something else than `parser` knows by that name.
-        if items.startswith(("$", "%")) or re.search("@[#:]", items):
+        # `parser` knows something else by a name that is relative to a place: it may be anything.
+        relative = re.search("@[#:]", items)
+        if items.startswith(("$", "%")) or relative:
             yield items
         # Of no name: all there is.
-        for name in re.findall(r"@([\w#:]*)", items):
+        for name in [""] if relative else re.findall(r"@([\w#:]*)", items):
             if name not in seen:
                 seen.add(name)
                 yield from _code(parser, parser.get(name), seen)
@@ -240,7 +241,9 @@ def _misread(config: Any) -> Iterator[str]:
     files, wherever they are."""
     if isinstance(config, dict):
         names = [str(name).replace("#", "::") for name in config]
-        yield from (f"{name}:" for name in names if not name or "::" in name or names.count(name) > 1)
+        for name, value in zip(names, config.values(), strict=True):
+            if not name or "::" in name or names.count(name) > 1:
+                yield f"{name}: {value}"
         for value in config.values():
             yield from _misread(value)
     elif isinstance(config, list):

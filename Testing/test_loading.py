@@ -138,7 +138,10 @@ def test_bundles_that_run_code_need_trust_and_show_it(tmp_path: Path, how: str) 
 
 @pytest.mark.parametrize("how", ["relative reference", "two of one path", "a path that is empty"])
 def test_what_needs_trust_would_have_run(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """MONAI finds these expressions where one who looks at the configuration finds none."""
+    """MONAI finds these expressions where one who looks at the configuration finds none; a person is shown them."""
+    with pytest.raises(mx.Untrusted) as caught:
+        mx.load_model(make_bundle(tmp_path / "a", **HOSTILE[how]))
+    assert "print('hello')" in caught.value.code
     assert mx.load_model(make_bundle(tmp_path / "b", **HOSTILE[how]), trust=True)
     assert "hello" in capsys.readouterr().out
 
