@@ -105,3 +105,6 @@ def test_one_scan_and_one_answer() -> None:
     mute = mx.ConceptScores(made("tcav"), {}, (mx.Concept("size", 1.0),), "score")
     with pytest.raises(mx.MedXAIError, match="say where"):
         agreement.judge([own, mute])
+    batch = mx.SaliencyMap(own.provenance, {}, own.data[None], AFFINE, signed=False, batched=True)
+    with pytest.raises(mx.MedXAIError, match="batch of maps"):
+        agreement.judge([batch, batch])

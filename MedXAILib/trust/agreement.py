@@ -41,6 +41,8 @@ def judge(explanations: Sequence[Explanation]) -> Finding:
         MedXAIError: when there are fewer than two, or they are not about the same scan, or maps not about the same
             answer.
     """
+    if any(isinstance(explanation, SaliencyMap) and explanation.batched for explanation in explanations):
+        raise MedXAIError("A batch of maps cannot be judged as one: explain one scan at a time.")
     maps = [(explanation.provenance.method, shown) for explanation in explanations if (shown := where(explanation))]
     asked = {m.provenance.volume["fingerprint"] for m in explanations}
     answers = {m.provenance.target_label for m in explanations if isinstance(m, SaliencyMap)}
