@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from math import erf, sqrt
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import MedXAILib as mx
 from MedXAILib.engines.concept_vectors import Scan
+from MedXAILib.textual.concept_sets import sha256
 from MedXAILib.textual.significance import FOLDS, benjamini_hochberg, exceeded, folds, shuffled
 from MedXAILib.textual.tcav import _compact, concept_vector, held_out_accuracy, score
 from MedXAILib.window import Window
@@ -409,6 +411,15 @@ def test_other_columns_are_no_trouble_when_concepts_are_named(tmp_path) -> None:
     assert tcav(model(), table, concepts="bright")["bright"].score is not None
     with pytest.raises(mx.MedXAIError, match=r"There is no column in .* 'brigth': did you mean bright"):
         tcav(model(), table, concepts="brigth")
+
+
+def test_sha_of_a_folder_is_the_same_on_every_system(tmp_path) -> None:
+    names = ["B/x", "a-b/x", "a/x", "c"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    expected = "".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()}" for name in names)
+    assert sha256(tmp_path) == hashlib.sha256(expected.encode()).hexdigest()
 
 
 def test_folders_of_scans(tmp_path) -> None:

@@ -168,8 +168,10 @@ def sha256(path: Path) -> str:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}".encode())
+    # By name: paths are in another order on Windows.
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    for name in sorted(files):
+        digest.update(f"{name} {sha256(files[name])}".encode())
     return digest.hexdigest()
 
 
