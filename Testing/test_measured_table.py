@@ -18,6 +18,13 @@ from MedXAILib.registry import EXPLAINERS
 from MedXAILib.report.localisation import centre
 
 
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures puts maps that know nothing into the registry of its process: here they are taken away again."""
+    for id, kind in BLIND.items():
+        monkeypatch.setitem(EXPLAINERS, id, kind)
+
+
 @pytest.fixture(scope="module")
 def six() -> list[trust.Asked]:
     return trust.cases(6)
@@ -61,8 +68,6 @@ def test_maps_that_know_nothing_are_what_they_are_called() -> None:
 
 
 def test_the_checks_find_an_edge_detector_out(six, tmp_path, monkeypatch) -> None:
-    for id, kind in BLIND.items():
-        monkeypatch.setitem(EXPLAINERS, id, kind)
     monkeypatch.setattr(trust, "cases", lambda count: six)
     (found,) = trust.measured(Wanted("edge-detector", {}), slice(2, 3), 6, None, tmp_path)
     assert found["values"]["randomisation: likeness"] == pytest.approx(1)
