@@ -198,7 +198,9 @@ def _tell(
         told = []
         for target in targets:
             question = Question(model, x, [seen], [target], run)
-            question.bind()
+            with torch.no_grad():
+                if bool(question.values(x)[0].isnan().any()):
+                    raise _overflow(teller, model)
             told.append((teller.tell(question, scan), question.bound[0]))
     made = _common(model, teller, batch, region, run, device)
     return [finish(provenance=Provenance(**made, **_of_target([(bound, 1)]))) for finish, bound in told]
@@ -238,10 +240,7 @@ def _explain(
         for i in range(len(targets)):
             values = torch.cat([a[i].values.detach().float().cpu() for _, a in answers])
             if not all(torch.isfinite(end) for end in values.aminmax()):
-                raise MedXAIError(
-                    f"{explainer.title} of {model.name} is not finite: the network overflows on this input; check that "
-                    "it is preprocessed as in training."
-                )
+                raise _overflow(explainer, model)
             maps.append(_placed(values, seen, batch))
             found = [a[i].interval for _, a in answers]
             known = [half.detach().float().cpu() for half in found if half is not None]
@@ -259,6 +258,13 @@ def _explain(
         )
         for i, (data, interval) in enumerate(zip(maps, intervals, strict=True))
     ]
+
+
+def _overflow(technique: Technique, model: Model) -> MedXAIError:
+    return MedXAIError(
+        f"{technique.title} of {model.name} is not finite: the network overflows on this input; check that it is "
+        "preprocessed as in training."
+    )
 
 
 def _placed(values: Tensor, seen: Sequence[Prepared], batch: _Batch) -> Tensor:

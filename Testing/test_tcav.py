@@ -500,7 +500,7 @@ def _head() -> list[nn.Module]:
 
 class Overflowing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return (x * torch.where(x > 8, torch.inf, 1.0)).nan_to_num(posinf=torch.inf)
+        return torch.where(x > 8, torch.nan, x)
 
 
 @pytest.mark.parametrize("method", ["tcav", "rcv"])
@@ -511,6 +511,8 @@ def test_network_that_overflows_on_an_example_says_so(method: str) -> None:
     network.network.features = Overflowing()
     with pytest.raises(mx.MedXAIError, match="not finite for an example"):
         mx.tell(network, SCAN, method, "yes", examples=examples(x, there))
+    with pytest.raises(mx.MedXAIError, match="is not finite: the network overflows on this input"):
+        mx.tell(network, mx.Volume(x[7], np.eye(4)), method, "yes", examples=examples(x, there))
 
 
 class Averaged(nn.Module):
