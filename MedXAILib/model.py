@@ -155,23 +155,31 @@ class Model:
             raise unknown("layer", name, [n for n in modules if n])
         return modules[name]
 
-    def class_index(self, which: str | int, count: int) -> int:
-        """The output a class name or index means, of `count` outputs.
+    def classes(self, outputs: int) -> Sequence[str]:
+        """The names of what so many `outputs` tell apart: of a single one with a single name, that it is not so, and
+        that it is."""
+        names = tuple(self.class_names)
+        return (f"not {names[0]}", names[0]) if outputs == 1 and len(names) == 1 else names
+
+    def class_index(self, which: str | int, count: int, outputs: int = 0) -> int:
+        """Which of `count` classes a name or index means; of a network of so many `outputs`, see `classes`.
 
         Raises:
             MedXAIError: when there is no such class, naming the nearest.
         """
-        if isinstance(which, str) and which in self.class_names:
-            return list(self.class_names).index(which)
+        names = self.classes(outputs)
+        if isinstance(which, str) and which in names:
+            return names.index(which)
         if isinstance(which, str):
-            raise unknown("class", which, self.class_names or map(str, range(count)))
+            raise unknown("class", which, names or map(str, range(count)))
         if not 0 <= which < count:
             raise MedXAIError(f"There is no class {which}: {self.name} has {count}, counted from 0.")
         return which
 
-    def class_name(self, index: int) -> str:
-        """The name of output `index`, or its number when it has none."""
-        return self.class_names[index] if index < len(self.class_names) else str(index)
+    def class_name(self, index: int, outputs: int = 0) -> str:
+        """The name of class `index`, or its number when it has none; see `classes`."""
+        names = self.classes(outputs)
+        return names[index] if index < len(names) else str(index)
 
     @property
     def takes_whole(self) -> bool:
@@ -328,6 +336,7 @@ class Model:
             output = self.forward(prepared.x[None].to(device, self.dtype))
             text = self._text(volume, output) if self.task == "captioning" else ""
         output = output.float().cpu()
+        outputs = output.shape[1] if output.ndim > 1 else 0
         if self.task == "segmentation":
             labels = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
             on_grid = Volume(
@@ -335,11 +344,13 @@ class Model:
             )
             counts = on_grid.data.flatten().long().bincount(minlength=max(2, output.shape[1])).tolist()
             voxel_ml = math.prod(on_grid.spacing) / 1000
-            return Prediction(output, {self.class_name(i): n * voxel_ml for i, n in enumerate(counts)}, on_grid)
+            volumes = {self.class_name(i, outputs): n * voxel_ml for i, n in enumerate(counts)}
+            return Prediction(output, volumes, on_grid)
         if self.task == "captioning":
             return Prediction(output, {}, text=text)
         values = self.probabilities(output)[0].flatten()
-        return Prediction(output, {self.class_name(i): float(v) for i, v in enumerate(values)})
+        sides = outputs if len(values) > outputs else 0
+        return Prediction(output, {self.class_name(i, sides): float(v) for i, v in enumerate(values)})
 
     def _text(self, volume: Volume, output: Tensor) -> str:
         if isinstance(self.network, External):

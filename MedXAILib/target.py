@@ -71,14 +71,14 @@ class ClassTarget(Target):
                 "SegmentationTarget for an image of labels."
             )
         scores = _two_sided(output)
-        count = scores.shape[1]
+        count, outputs = scores.shape[1], output.shape[1]
         if self.which is None:
             chosen = scores.detach().argmax(1)
         else:
             names = (self.which,) if isinstance(self.which, (str, int)) else self.which
-            chosen = torch.tensor([model.class_index(name, count) for name in names], device=output.device)
+            chosen = torch.tensor([model.class_index(name, count, outputs) for name in names], device=output.device)
             chosen = chosen.expand(len(output)) if len(chosen) == 1 else chosen
-        against = None if self.versus is None else model.class_index(self.versus, count)
+        against = None if self.versus is None else model.class_index(self.versus, count, outputs)
 
         def value(output: Tensor) -> Tensor:
             scores = _two_sided(output)
@@ -87,8 +87,8 @@ class ClassTarget(Target):
 
         indices = chosen.tolist()
         which = indices[0] if len(set(indices)) == 1 else tuple(indices)
-        label = ", ".join(dict.fromkeys(model.class_name(i) for i in indices))
-        label += "" if against is None else f" rather than {model.class_name(against)}"
+        label = ", ".join(dict.fromkeys(model.class_name(i, outputs) for i in indices))
+        label += "" if against is None else f" rather than {model.class_name(against, outputs)}"
         return Bound(replace(self, which=which, versus=against), value, label)
 
 
@@ -127,9 +127,9 @@ class SegmentationTarget(Target):
             raise MedXAIError(
                 f"{model.name} gives an output of shape {tuple(output.shape)}, not an image of labels: use ClassTarget."
             )
-        index = model.class_index(self.which, max(2, output.shape[1]))
+        index = model.class_index(self.which, max(2, output.shape[1]), output.shape[1])
         where = torch.stack([self._where(output[i], index, seen[i]) for i in range(len(output))]).to(output)
-        name = model.class_name(index)
+        name = model.class_name(index, output.shape[1])
         if not where.flatten(1).any(1).all():
             raise MedXAIError(
                 f"There is no voxel of '{name}' to explain: choose another class, or within='everywhere'."

@@ -159,3 +159,40 @@ def test_predicted_classes_of_a_batch_that_was_split_are_recomputed(monkeypatch:
     made = mx.explain(model, torch.cat([x[:2], x]), "gradient")
     assert list(made.provenance.target["which"]) == [0, 0, 0, 0, 1]
     torch.testing.assert_close(mx.recompute(made, model, torch.cat([x[:2], x])).data[2:], whole.data)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_the_one_score_of_one_name_speaks_for_that_name(task: str) -> None:
+    """Not for its opposite, which is what a first class of two would be."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(60, 1))
+    model = mx.Model(network, task=task, class_names=("ill",), channels=1)  # type: ignore[arg-type]
+    volume = mx.Volume(torch.rand(1, 3, 4, 5), np.eye(4))
+    p = float(network(volume.data[None]).sigmoid().detach())
+    scores = model.predict(volume).scores
+    assert scores["ill"] == pytest.approx(p)
+    if task == "classification":
+        assert scores["not ill"] == pytest.approx(1 - p)
+    weights = network[1].weight.detach().reshape(1, 3, 4, 5)
+    made = mx.explain(model, volume, "gradient", "ill")
+    torch.testing.assert_close(made.data, weights)
+    assert made.provenance.target_label == "ill"
+    again = mx.recompute(made, model, volume)
+    assert torch.equal(again.data, made.data) and again.provenance.target_label == "ill"
+    torch.testing.assert_close(mx.explain(model, volume, "gradient", "not ill").data, -weights)
+
+
+def test_a_segmentation_of_one_label_is_of_that_label() -> None:
+    network = nn.Conv3d(1, 1, 1)
+    network.weight.data.fill_(1)
+    network.bias.data.fill_(-0.5)
+    model = mx.Model(network, task="segmentation", class_names=("lesion",))
+    data = torch.zeros(1, 4, 5, 6)
+    data[0, 1, 2, 3:5] = 1
+    volume = mx.Volume(data, np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert model.predict(volume).scores == {
+        "not lesion": pytest.approx(118 * 0.008),
+        "lesion": pytest.approx(2 * 0.008),
+    }
+    made = mx.explain(model, volume, "gradient", "lesion")
+    assert made.provenance.target_label.startswith("lesion")
+    torch.testing.assert_close(made.data, (data > 0) / 2)

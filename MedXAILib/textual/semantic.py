@@ -205,11 +205,11 @@ def _decided(question: Question, network: NamesAttributes, values: Mapping[str, 
     output, columns, value = output.detach(), columns.detach(), value.detach()
     # The one score of a binary network is that of its second class.
     binary = len(columns) == 1 and model.task == "classification"
-    names = [model.class_name(i + binary) for i in range(len(columns))]
+    names = [model.class_name(i + binary, int(binary)) for i in range(len(columns))]
     chances = model.probabilities(output).flatten()
     percent = model.task not in ("regression", "embedding")
     said = ", ".join(
-        f"{model.class_name(i)} {p:.0%}" if percent else f"{model.class_name(i)} {p:.3g}"
+        f"{model.class_name(i, int(binary))} " + (f"{p:.0%}" if percent else f"{p:.3g}")
         for i, p in enumerate(chances.tolist())
     )
     scores = {name: float(score) for name, score in zip(names, columns, strict=True)}

@@ -33,7 +33,8 @@ def judge(judged: Judged) -> Finding | None:
         or target.versus is not None
     ):
         return None
-    scores = model.probabilities(model.predict(judged.volume, judged.explanation.provenance.region).output)[0].clone()
+    output = model.predict(judged.volume, judged.explanation.provenance.region).output
+    scores = model.probabilities(output)[0].clone()
     assert isinstance(target.which, int)
     if len(scores) < 2:
         return None
@@ -44,7 +45,7 @@ def judge(judged: Judged) -> Finding | None:
         return Finding("discrimination", TITLE, "The map is the same everywhere: it tells no classes apart.", None, {})
     found = judged.again(target=replace(target, which=other)).data
     alike = correlation(judged.explanation.data[box], found[box])
-    this, that = (f"'{model.class_name(index)}'" for index in (target.which, other))
+    this, that = (f"'{model.class_name(index, output.shape[1])}'" for index in (target.which, other))
     colour = light(alike, _GOOD, _FAIR)
     sentence = {
         "good": f"The map for {that} is another one ({alike:.2f} alike): this one is about why it is {this}.",
