@@ -25,7 +25,9 @@ from MedXAILib.synthetic.lung_nodules import CLASSES, Backgrounds, Nodules, draw
 from MedXAILib.textual.attribute_sentence import because, described
 from MedXAILib.textual.intervention import changed, intervened
 from MedXAILib.textual.semantic import REST
-from MedXAILib.training import semantic
+from MedXAILib.training import own_semantic, semantic
+from MedXAILib.training.own_semantic import attributes_of
+from MedXAILib.training.table import Patches
 
 NAMES = [a.name for a in ATTRIBUTES]
 NODULE = {
@@ -522,3 +524,33 @@ def test_real_nodule_in_words() -> None:
         assert math.dist(peak(seen), REAL) < 15
     would = intervened([asdict(c) for c in told.concepts], {"spiculation": 0.0, "calcification": 1.0})
     assert max(would, key=lambda name: would[name]) == "benign"
+
+
+def test_columns_of_a_table_are_findings_or_measures() -> None:
+    known = torch.tensor([[0.0, 12.5, 3.0], [1.0, torch.nan, 4.0]])
+    found = attributes_of(("spiculated_rim", "diameter_mm", "grade"), known)
+    assert found == (
+        Attribute("spiculated_rim", yes="spiculated rim"),
+        Attribute("diameter", "mm"),
+        Attribute("grade", "units"),
+    )
+    with pytest.raises(MedXAIError, match="no attributes"):
+        attributes_of((), torch.zeros(2, 0))
+    with pytest.raises(MedXAIError, match="Nothing is known of 'b'"):
+        attributes_of(("a", "b"), torch.tensor([[0.0, torch.nan], [1.0, torch.nan]]))
+
+
+def test_what_is_not_known_of_a_patch_teaches_nothing_and_the_rest_as_the_formula_says() -> None:
+    known = torch.tensor([[1.0, 10.0], [0.0, torch.nan], [torch.nan, 14.0]])
+    network = own_semantic.build(2, attributes_of(("calcified", "diameter_mm"), known), known)
+    assert network.reference.tolist() == [0.5, 12.0]
+    patches = Patches(torch.rand(3, 1, 24, 24, 24), torch.tensor([0, 1, 1]), known, None, ("", "", ""))
+    features = network.eval().features(patches.images)
+    said = network.degrees(network.attribute_head(features)).detach()
+    logits = network(patches.images).detach()
+    decided = torch.nn.functional.cross_entropy(logits, patches.labels)
+    findings = -said[0, 0].log() - (1 - said[1, 0]).log()
+    # The standard deviation of 10 and 14 is 2 sqrt(2).
+    measures = ((said[0, 1] - 10) ** 2 + (said[2, 1] - 14) ** 2) / 8
+    expected = decided + 3 * (findings + measures) / 4
+    assert float(own_semantic.loss(network, patches).detach()) == pytest.approx(float(expected), rel=1e-5)

@@ -6,10 +6,10 @@ classification", 2019. Without a residual it is a concept bottleneck (Koh et al.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,20 +54,27 @@ ATTRIBUTES = (
 class SemanticLungNodule(LungNoduleClassifier):
     """Image (N, 1, D, H, W), at least 24 voxels a side -> class logits (N, classes).
 
-    `attribute_head` gives (N, K), the first K of `ATTRIBUTES`: mm, and log-odds; `degrees` the same with probabilities
-    for log-odds. The logits are linear in `degrees`, and see nothing else unless there is a `residual`: then they are
-    linear in the features, too.
+    `attribute_head` gives (N, K), the first K of `ATTRIBUTES`, or `attributes` of a person's own, as dictionaries of
+    the fields of `Attribute`: in their unit, and log-odds; `degrees` the same with probabilities for log-odds. The
+    logits are linear in `degrees`, and see nothing else unless there is a `residual`: then they are linear in the
+    features, too.
     """
 
     attribute_layer = "degrees"
 
     def __init__(
-        self, classes: int = 3, attributes: int = len(ATTRIBUTES), width: int = 16, residual: bool = False
+        self,
+        classes: int = 3,
+        attributes: int | Sequence[Mapping[str, Any]] = len(ATTRIBUTES),
+        width: int = 16,
+        residual: bool = False,
     ) -> None:
-        super().__init__(classes, attributes, width)
-        self.attributes = ATTRIBUTES[:attributes]
+        own = () if isinstance(attributes, int) else tuple(Attribute(**known) for known in attributes)
+        count = attributes if isinstance(attributes, int) else len(own)
+        super().__init__(classes, count, width)
+        self.attributes = own or ATTRIBUTES[:count]
         self.degrees = Degrees(self.attributes)
-        self.class_head: Decision = Decision(attributes, classes)
+        self.class_head: Decision = Decision(count, classes)
         self.residual_head = nn.Linear(8 * width, classes, bias=False) if residual else None
 
     @property

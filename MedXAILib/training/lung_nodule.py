@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -173,9 +173,11 @@ def write_classifier(
     metrics: dict[str, float],
     classes: Sequence[str] = CLASSES,
     attributes: Sequence[str] = ATTRIBUTES,
+    definition: Mapping[str, Any] | None = None,
     **other: Any,
 ) -> None:
-    """Write the bundle of a network that is made and asked as `LungNoduleClassifier` is (see `write_bundle`)."""
+    """Write the bundle of a network that is made and asked as `LungNoduleClassifier` is (see `write_bundle`), but for
+    arguments in its `definition`."""
     kind = type(network)
     write_bundle(
         folder,
@@ -184,6 +186,7 @@ def write_classifier(
             "_target_": f"{kind.__module__}.{kind.__name__}",
             "classes": len(classes),
             "attributes": len(attributes),
+            **(definition or {}),
         },
         inferer={"_target_": "SimpleInferer"},
         postprocessing=[{"_target_": "Activationsd", "keys": "pred", "softmax": True}],

@@ -12,6 +12,7 @@ from MedXAILib import resources
 from MedXAILib.networks.semantic import ATTRIBUTES, Decision, SemanticLungNodule
 from MedXAILib.synthetic.lung_nodules import CLASSES, Nodules, draw
 from MedXAILib.training import lung_nodule
+from MedXAILib.training.own_semantic import own
 from MedXAILib.training.trainer import Recipe
 
 _NAMES = [a.name for a in ATTRIBUTES]
@@ -239,6 +240,7 @@ RECIPE = Recipe(
     real=lung_nodule.real,
     score="log_likelihood",
     publish=publish,
+    own=own,
     epochs=16,
     steps=50,
     learning_rate=3e-3,
