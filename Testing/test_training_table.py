@@ -16,6 +16,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import oblique_affine
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -126,8 +127,12 @@ def test_whatever_learns_from_a_table_makes_a_bundle(own: Path, tmp_path: Path, 
     model = mx.load_model(tmp_path / "mine")
     patches = table.read(mx.Run())["test"]
     with model.ready(), torch.no_grad():
-        found = model.forward(patches.images).argmax(1)
-    if model.task == "classification":
+        scores = model.forward(patches.images)
+    found = scores.argmax(1)
+    if model.task == "ordinal":
+        assert model.class_names == NAMES[1:]
+        assert metrics["accuracy"] == pytest.approx(np.mean((scores > 0).sum(1).eq(patches.labels).numpy()), abs=1e-4)
+    elif model.task == "classification":
         assert model.class_names == NAMES
         assert metrics["accuracy"] == pytest.approx(float((found == patches.labels).float().mean()), abs=1e-4)
     elif model.task == "captioning":
@@ -144,6 +149,63 @@ def test_whatever_learns_from_a_table_makes_a_bundle(own: Path, tmp_path: Path, 
     assert set(model.layers) <= set(dict(model.network.named_modules()))
     card = (tmp_path / "mine" / "docs" / "README.md").read_text("utf-8")
     assert f"medxai train {name}" in card and "chest_ct" not in card
+
+
+def test_grades_of_a_table_are_learnt_without_masks_and_measured(own: Path, tmp_path: Path) -> None:
+    """By scikit-learn's kappa and area under the curve; the order of the grades is the person's."""
+    order = ("wicked", "clear", "kind")
+    cases = tuple(replace(case, segmentation=None) for case in read_table(own, GRID, order).cases)
+    table = replace(read_table(own, GRID, order), cases=cases)
+    done: list[int] = []
+    run = mx.Run(progress=lambda p: done.append(p.done) if "Training" in p.message else None, cancel=lambda: 7 in done)
+    with pytest.raises(Cancelled):
+        train("lung-mil-attention", tmp_path / "mine", run, quick=True, data=table)
+    metrics = train("lung-mil-attention", tmp_path / "mine", mx.Run(), quick=True, data=table)
+    train("lung-mil-attention", tmp_path / "whole", mx.Run(), quick=True, data=table)
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(tmp_path / "mine").items())
+    model = mx.load_model(tmp_path / "mine")  # Without trust.
+    assert model.task == "ordinal" and model.class_names == order[1:] and model.patch_size == (24, 24, 24)
+    scan = mx.load_volume(own.parent / "0.nrrd")
+    chances = model.predict(scan, scan.to_point([19.5] * 3)).scores
+    assert 0 < chances["kind"] < chances["clear"] < 1
+    recipe = RECIPES["lung-mil-attention"]
+    assert recipe.own is not None
+    patches = table.read(mx.Run())["test"]
+    # Whatever the training made of it, grades that are told rightly and wrongly.
+    logits = torch.tensor([[-1.0, -3.0], [2.0, -1.0], [3.0, 0.5], [0.5, -0.5]])
+    labels = torch.tensor([0, 0, 2, 1])
+    fixed = nn.Module()
+    fixed.scores = model.network.scores
+    fixed.forward = lambda images: logits[: len(images)]  # type: ignore[method-assign]
+    measure = recipe.own(recipe, table).measure
+    found = measure(fixed, replace(patches, images=patches.images[:4], labels=labels))
+    assert set(found) == set(metrics) - {"seconds"} | {"kappa", "auc: clear", "auc: kind"}
+    assert found["accuracy"] == 0.75
+    assert found["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 1], labels, weights="quadratic"))
+    for k, name in enumerate(order[1:]):
+        assert found[f"auc: {name}"] == pytest.approx(roc_auc_score(labels > k, logits[:, k]))
+    alike = measure(fixed, replace(patches, images=patches.images[:4], labels=torch.ones(4).long()))
+    assert set(alike) == {"log_likelihood", "accuracy"}
+
+
+def test_grades_that_cannot_be_learnt_are_refused(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedXAIError, match=r"Every label .* 'a'.* two classes"):
+        train(
+            "lung-mil-attention",
+            tmp_path / "out",
+            mx.Run(),
+            data=read_table(made(tmp_path, [line.replace(",b", ",a") for line in GOOD], BASIC)),
+        )
+    with pytest.raises(MedXAIError, match=r"Row 6 .*'label': it is empty"):
+        train(
+            "lung-mil-attention",
+            tmp_path / "out",
+            mx.Run(),
+            data=read_table(made(tmp_path, [*GOOD, "s4.nrrd,,test"], BASIC)),
+        )
+    with pytest.raises(MedXAIError, match=r"'lung-mil' cannot learn from a table.*lung-mil-attention"):
+        train("lung-mil", tmp_path / "out", mx.Run(), data=read_table(own, GRID))
 
 
 def test_a_validation_that_tells_nothing_is_refused(own: Path, tmp_path: Path) -> None:

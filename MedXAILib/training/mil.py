@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from MedXAILib.networks.mil import CELL, MultipleInstanceClassifier, Pooling
 from MedXAILib.synthetic.lung_nodules import SPACING_MM, Backgrounds, scale
 from MedXAILib.synthetic.whole_lungs import Scans, crops, healed, whole
 from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.own_bundle import told_of
+from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
 
 GRADES = ("nodule", "malignant")
@@ -25,9 +29,9 @@ GRADES = ("nodule", "malignant")
 _SURER = 3.0
 
 
-def build() -> MultipleInstanceClassifier:
+def build(grades: int = len(GRADES)) -> MultipleInstanceClassifier:
     """An untrained network that pools by gated attention."""
-    return MultipleInstanceClassifier(len(GRADES), "attention")
+    return MultipleInstanceClassifier(grades, "attention")
 
 
 def build_noisy_or() -> MultipleInstanceClassifier:
@@ -45,17 +49,30 @@ def build_noisy_or() -> MultipleInstanceClassifier:
     return network
 
 
-def loss(network: MultipleInstanceClassifier, scans: Scans) -> Tensor:
+def own(recipe: Recipe, table: Table) -> Recipe:
+    """`recipe` for a person's own table, whose classes are grades from the lowest to the highest: of an untrained
+    network."""
+    table.require("label")
+    return replace(
+        recipe,
+        network=partial(build, len(table.classes) - 1),
+        measure=partial(measure_own, table),
+        publish=partial(publish_own, table, recipe.name),
+        synthesise=augmented,
+    )
+
+
+def loss(network: MultipleInstanceClassifier, scans: Scans | Patches) -> Tensor:
     """The cross-entropy of "at least this grade", of every grade, by the pooled instances and by the best that there
     could be. Where the nodules are is not looked at."""
     device = network.scores.weight.device
     features, here = network.bag(scans.images.to(device))
-    grades = scans.grades.to(device)
+    grades = (scans.labels if isinstance(scans, Patches) else scans.grades).to(device)
     return _cross_entropy(network.pool(features, here), grades) + _cross_entropy(network.best(features), grades)
 
 
 def _cross_entropy(logits: Tensor, grades: Tensor) -> Tensor:
-    steps = torch.arange(len(GRADES), device=grades.device)
+    steps = torch.arange(logits.shape[1], device=grades.device)
     return F.binary_cross_entropy_with_logits(logits, (grades[:, None] > steps).to(logits))
 
 
@@ -79,6 +96,26 @@ def measure(network: MultipleInstanceClassifier, scans: Scans) -> dict[str, floa
         has = grades >= grade
         measured[f"{name}auc"] = auc(scores[has, grade - 1], scores[~has, grade - 1])
         measured[f"{name}pointing"] = float((hit[has, grade - 1] >= grade).float().mean())
+    return measured
+
+
+@torch.no_grad()
+def measure_own(table: Table, network: MultipleInstanceClassifier, patches: Patches) -> dict[str, float]:
+    """Accuracy, mean log-likelihood, and, if there are cases of more than one grade, kappa and the area under the ROC
+    curve of each grade or a higher one against those below it; nothing of what was not there."""
+    device = network.scores.weight.device
+    scores = torch.cat([network(part.to(device)).cpu() for part in patches.images.split(10)])
+    grades, told = patches.labels, (scores > 0).sum(1)
+    measured = {
+        "log_likelihood": -float(_cross_entropy(scores, grades)),
+        "accuracy": float((told == grades).float().mean()),
+    }
+    if len(grades.unique()) > 1:
+        measured["kappa"] = kappa(told, grades)
+    for grade, name in enumerate(table.classes[1:], 1):
+        has = grades >= grade
+        if has.any() and not has.all():
+            measured[f"auc: {name}"] = auc(scores[has, grade - 1], scores[~has, grade - 1])
     return measured
 
 
@@ -130,7 +167,41 @@ def real(network: MultipleInstanceClassifier, scan: Backgrounds) -> dict[str, fl
 
 def publish(network: nn.Module, metrics: dict[str, float], folder: Path, pooling: Pooling) -> None:
     """Write the bundle."""
-    arguments = {"grades": len(GRADES), "pooling": pooling}
+    _write(
+        folder,
+        network,
+        pooling,
+        GRADES,
+        about={
+            "name": f"Lung scan grader ({_NAMES[pooling]})",
+            "task": "Ordinal grading of whole chest CT: no nodule, benign-like, malignant-like by a known rule",
+            "description": "A demonstration network for explanations. It learnt from the grades of whole scans where "
+            "nodules are. Its grades follow a published rule on computed nodules, not pathology.",
+            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+        },
+        card=_CARD.format(
+            name=_NAMES[pooling],
+            how=_HOW[pooling],
+            began=_BEGAN[pooling],
+            recipe=_RECIPES[pooling],
+            size_mm=_SIZES[pooling] * SPACING_MM,
+            **metrics,
+        ),
+        metrics=metrics,
+        spatial_shape=("23+n",) * 3,
+    )
+
+
+def publish_own(table: Table, recipe: str, network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
+    """Write the bundle of a network that learnt from `table`."""
+    does = f"grades it, {' < '.join(f'**{name}**' for name in table.classes)}"
+    told = told_of(table, recipe, folder.name, metrics, "Ordinal grading", does, _OWN.format(lowest=table.classes[0]))
+    _write(folder, network, "attention", table.classes[1:], **told)
+
+
+def _write(folder: Path, network: nn.Module, pooling: Pooling, grades: Sequence[str], **told: Any) -> None:
+    """Write the bundle of a network whose outputs are `grades` (see `write_bundle`)."""
+    arguments = {"grades": len(grades), "pooling": pooling}
     write_bundle(
         folder,
         network,
@@ -145,36 +216,26 @@ def publish(network: nn.Module, metrics: dict[str, float], folder: Path, pooling
                 "output_transform": "$lambda output: [item['pred'] for item in output]",
             }
         ],
-        about={
-            "name": f"Lung scan grader ({_NAMES[pooling]})",
-            "task": "Ordinal grading of whole chest CT: no nodule, benign-like, malignant-like by a known rule",
-            "description": "A demonstration network for explanations. It learnt from the grades of whole scans where "
-            "nodules are. Its grades follow a published rule on computed nodules, not pathology.",
-            "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
-        },
         output={
             "type": "probabilities",
             "format": "ordinal",
-            "num_channels": len(GRADES),
+            "num_channels": len(grades),
             "spatial_shape": [1, 1, 1],
             "dtype": "float32",
             "value_range": [0, 1],
             "is_patch_data": False,
-            "channel_def": {str(i): name for i, name in enumerate(GRADES)},
+            "channel_def": {str(i): name for i, name in enumerate(grades)},
         },
         layers=["evidence"],
-        card=_CARD.format(
-            name=_NAMES[pooling],
-            how=_HOW[pooling],
-            began=_BEGAN[pooling],
-            recipe=_RECIPES[pooling],
-            size_mm=_SIZES[pooling] * SPACING_MM,
-            **metrics,
-        ),
-        metrics=metrics,
-        spatial_shape=("23+n",) * 3,
+        **told,
     )
 
+
+_OWN = """`kappa` has quadratic weights; `auc` is the area under the ROC curve of a grade or a higher one against those
+below it. There is an output for every grade but the lowest ({lowest}): that grade or a higher one. The output of the
+layer `instances` holds the part of each instance, which sees 34 voxels; instance i lies about voxel 4 i + 1.5. No mask
+was used. Where some of the cube has the density of lung (0.02 to 0.35 of the intensities), only instances there
+count."""
 
 _NAMES: dict[Pooling, str] = {"noisy_or": "noisy-or", "attention": "gated attention"}
 _RECIPES: dict[Pooling, str] = {"noisy_or": "lung-mil", "attention": "lung-mil-attention"}
@@ -259,6 +320,7 @@ ATTENTION_RECIPE = Recipe(
     real=real,
     score="log_likelihood",
     publish=partial(publish, pooling="attention"),
+    own=own,
     epochs=14,
     steps=50,
     synthesise=partial(crops, size=_SIZES["attention"]),
@@ -274,6 +336,8 @@ RECIPE = replace(
     name=_RECIPES["noisy_or"],
     network=build_noisy_or,
     publish=partial(publish, pooling="noisy_or"),
+    # It does not begin by itself, and what it begins with knows our grades only.
+    own=None,
     epochs=4,
     steps=30,
     synthesise=partial(crops, size=_SIZES["noisy_or"]),
