@@ -29,6 +29,8 @@ class Bound:
     target: Target
     value: Value
     label: str
+    outputs: int = 0
+    """How many the network has, of the score of a class (see `Model.classes`)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ClassTarget(Target):
         which = indices[0] if len(set(indices)) == 1 else tuple(indices)
         label = ", ".join(dict.fromkeys(model.class_name(i, outputs) for i in indices))
         label += "" if against is None else f" rather than {model.class_name(against, outputs)}"
-        return Bound(replace(self, which=which, versus=against), value, label)
+        return Bound(replace(self, which=which, versus=against), value, label, outputs)
 
 
 @dataclass(frozen=True)

@@ -354,6 +354,27 @@ def test_table_is_what_its_scans_are_and_recomputes_only_as_it_was(tmp_path) -> 
         mx.recompute(told, network, SCAN)
 
 
+def test_cases_of_the_one_name_of_one_score_are_those_with_that_name() -> None:
+    x, there = drawn(60, 0, bright=0)
+    labels = tuple("yes" if v else "not yes" for v in there["bright"])
+    slope = WEIGHTS[1] - WEIGHTS[0]
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.features(x).mean((2, 3, 4)) @ slope[:, None]
+
+    network = mx.Model(One(), class_names=("yes",), channels=4, layers=("features",))
+    asked = {"explained": "class", "pool": "mean", "vector": "pattern", "score": "magnitude"}
+    made = tcav(network, examples(x, there, labels), **asked)["bright"]
+    held = pooled(x, "mean")
+    yes = torch.from_numpy(there["bright"]) == 1
+    assert made.score == pytest.approx(float(slope @ (held[yes].mean(0) - held[~yes].mean(0))), rel=1e-4)
+
+
 def test_cases_of_a_class_are_those_with_its_label() -> None:
     x, there = drawn(60, 0, bright=0)
     labels = tuple("yes" if v else "no" for v in there["bright"])

@@ -280,11 +280,12 @@ def _of_class(question: Question, examples: Examples, target: Target) -> list[An
     """The examples whose label is the class of `target`."""
     if not isinstance(target, ClassTarget) or not isinstance(target.which, int):
         raise MedXAIError("Only a class has cases: ask about the scan alone (explained='scan'), or about all examples.")
-    model, found = question.model, []
+    model, found, outputs = question.model, [], question.bound[0].outputs
     for scan, label in zip(examples.scans, examples.labels, strict=False):
-        named = label in model.class_names or not label.isdecimal()
+        named = label in model.classes(outputs) or not label.isdecimal()
         try:
-            which = model.class_index(label if named else int(label), 1 + max(target.which, len(model.class_names)))
+            count = 1 + max(target.which, len(model.class_names))
+            which = model.class_index(label if named else int(label), count, outputs)
         except MedXAIError as error:
             if not label:
                 continue
