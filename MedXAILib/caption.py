@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of
-from MedXAILib.volume import Volume
+from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of, read_maps, write_maps
 
 Point = tuple[float, float, float]
 
@@ -67,21 +65,18 @@ class Caption(Explanation):
         return [map_of(self, values, self.affine, of) for values, of in zip(self.maps, shared, strict=True)]
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
-        files = [f"map-{i}.{image_format}" for i in range(len(self.maps))]
-        for file, one in zip(files, self.maps, strict=True):
-            sitk.WriteImage(Volume(one[None], self.affine).to_sitk(), str(folder / file), useCompression=True)
+        files = write_maps(folder, self.maps, self.affine, image_format)
         words = [asdict(word) for word in self.words]
         return {"files": files, "text": self.text, "words": words, "affine": self.affine.tolist()}
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any], common: dict[str, Any]) -> Caption:
-        maps = [Volume.from_sitk(sitk.ReadImage(str(folder / name))).data for name in manifest["files"]]
         words = (Word(**{**said, "place": said["place"] and tuple(said["place"])}) for said in manifest["words"])
         return cls(
             **common,
             text=manifest["text"],
             words=tuple(words),
-            maps=torch.cat(maps) if maps else torch.zeros(0, 1, 1, 1),
+            maps=read_maps(folder, manifest["files"]),
             affine=np.array(manifest["affine"]),
         )
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of
-from MedXAILib.volume import Volume
+from MedXAILib.explanation import Explanation, ImageFormat, SaliencyMap, map_of, read_maps, write_maps
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,8 @@ class ConceptScores(Explanation):
         return [map_of(self, values, self.affine, of.get(i, "")) for i, values in enumerate(self.maps)]
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
-        files = [f"map-{i}.{image_format}" for i in range(len(self.maps))]
-        for file, one in zip(files, self.maps, strict=True):
-            sitk.WriteImage(Volume(one[None], self.affine).to_sitk(), str(folder / file), useCompression=True)
         return {
-            "files": files,
+            "files": write_maps(folder, self.maps, self.affine, image_format),
             "concepts": [asdict(concept) for concept in self.concepts],
             "scored": self.scored,
             "text": self.text,
@@ -93,13 +88,12 @@ class ConceptScores(Explanation):
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any], common: dict[str, Any]) -> ConceptScores:
-        maps = [Volume.from_sitk(sitk.ReadImage(str(folder / name))).data for name in manifest["files"]]
         return cls(
             **common,
             concepts=tuple(Concept(**said) for said in manifest["concepts"]),
             scored=manifest["scored"],
             text=manifest["text"],
-            maps=torch.cat(maps) if maps else torch.zeros(0, 1, 1, 1),
+            maps=read_maps(folder, manifest["files"]),
             affine=np.array(manifest["affine"]),
             alike=None if manifest["alike"] is None else np.array(manifest["alike"]),
         )

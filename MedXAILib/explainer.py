@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor
 
 from MedXAILib.engines.checkpointing import Block
@@ -21,6 +21,14 @@ from MedXAILib.volume import Volume
 
 # Gradients are this much larger on their way back, because most of them are too small for float16.
 _SCALE = 1024
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""A parameter that is several names, or one text with commas between them."""
 
 
 @dataclass(frozen=True)

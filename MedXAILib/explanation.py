@@ -148,6 +148,20 @@ def map_of(explanation: Explanation, values: Tensor, affine: np.ndarray, of: str
     return SaliencyMap(made, {}, values[None], affine, signed=bool(values.min() < 0))
 
 
+def write_maps(folder: Path, maps: Tensor, affine: np.ndarray, image_format: ImageFormat) -> list[str]:
+    """Write the maps (K, D, H, W) in an explanation of another kind to `folder`: the names of their files."""
+    files = [f"map-{i}.{image_format}" for i in range(len(maps))]
+    for file, one in zip(files, maps, strict=True):
+        sitk.WriteImage(Volume(one[None], affine).to_sitk(), str(folder / file), useCompression=True)
+    return files
+
+
+def read_maps(folder: Path, files: list[str]) -> Tensor:
+    """The reverse of `write_maps`."""
+    maps = [Volume.from_sitk(sitk.ReadImage(str(folder / name))).data for name in files]
+    return torch.cat(maps) if maps else torch.zeros(0, 1, 1, 1)
+
+
 # The module of each kind, imported when one is read: those that build on this module could not be imported here.
 _KINDS = {
     "SaliencyMap": "explanation",

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from MedXAILib.concept_scores import Concept, ConceptScores
 from MedXAILib.engines.capture import capture, suggest_layer
 from MedXAILib.engines.concept_vectors import Pool, Units, vectors
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Question, Teller
+from MedXAILib.explainer import Names, Question, Teller
 from MedXAILib.explanation import Explanation
 from MedXAILib.grid import resample
 from MedXAILib.run import Run
@@ -31,13 +31,6 @@ from MedXAILib.volume import Volume
 
 FEW = 50
 """With fewer examples of a side than this, a concept is known only roughly."""
-
-
-def _split(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 @dataclass(frozen=True)

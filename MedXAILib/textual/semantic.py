@@ -10,16 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.concept_scores import Concept, ConceptScores
 from MedXAILib.engines.capture import capture, suggest_layer
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.explainer import Question, Taxonomy, Teller
+from MedXAILib.explainer import Names, Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
 from MedXAILib.grid import resample
 from MedXAILib.networks.semantic import Attribute
@@ -75,14 +75,9 @@ class Semantic(Teller):
         limits="only of networks that learnt attributes; that an attribute is named does not mean that it is there",
     )
 
-    intervene: tuple[str, ...] = Field(
+    intervene: Names = Field(
         (), description="attributes to set before the decision, such as spiculation=0 (0 to 1) or diameter=8 (its unit)"
     )
-
-    @field_validator("intervene", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         network = _named(question)

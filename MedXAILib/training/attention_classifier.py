@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MedXAILib import resources
 from MedXAILib.networks.attention_classifier import AttentionClassifier
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Nodules
 from MedXAILib.training import lung_nodule
@@ -23,10 +22,8 @@ _GATES = ("fine", "coarse")
 def build() -> AttentionClassifier:
     """A network that sees as `lung_nodule` does and has yet to learn what to attend to."""
     network = AttentionClassifier(len(CLASSES), len(ATTRIBUTES))
-    seen = torch.load(resources.path("Models/lung_nodule/models/model.pt"), "cpu", weights_only=True)
-    own = network.state_dict()
-    # The heads have other inputs.
-    network.load_state_dict(own | {name: value for name, value in seen.items() if value.shape == own[name].shape})
+    # The heads have other inputs, and the same units.
+    lung_nodule.begin_as_shipped(network, heads=True)
     return network
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from monai.transforms import Compose, Orientation, ScaleIntensityRange, Spacing
@@ -113,6 +113,46 @@ def write_bundle(
         (beside / "LICENSE").write_text(licence, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
+
+
+def write_scorer(
+    folder: Path,
+    network: nn.Module,
+    definition: Mapping[str, Any],
+    names: Sequence[str],
+    kind: Literal["classes", "ordinal"],
+    **other: Any,
+) -> None:
+    """Write the bundle of a network that gives a logit for each of `names` (see `write_bundle`): of `classes` of which
+    one is right, or of `ordinal` grades, each of that grade or a higher one."""
+    write_bundle(
+        folder,
+        network,
+        definition=definition,
+        inferer={"_target_": "SimpleInferer"},
+        postprocessing=[
+            {"_target_": "Activationsd", "keys": "pred", "softmax" if kind == "classes" else "sigmoid": True}
+        ],
+        handlers=[
+            {
+                "_target_": "ClassificationSaver",
+                "output_dir": "@output_dir",
+                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+                "output_transform": "$lambda output: [item['pred'] for item in output]",
+            }
+        ],
+        output={
+            "type": "probabilities",
+            "format": kind,
+            "num_channels": len(names),
+            "spatial_shape": [1, 1, 1],
+            "dtype": "float32",
+            "value_range": [0, 1],
+            "is_patch_data": False,
+            "channel_def": {str(i): name for i, name in enumerate(names)},
+        },
+        **other,
+    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from MedXAILib import resources
 from MedXAILib.errors import MedXAIError
 from MedXAILib.generator import BEAMS, spoken
 from MedXAILib.networks.captioner import END, Captioner
@@ -30,12 +29,12 @@ from MedXAILib.synthetic.sentences import (
 )
 from MedXAILib.tokens import tokens
 from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.lung_nodule import begin_as_shipped
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
 from MedXAILib.trust.wording import wording
 
-_TRUNK = "Models/lung_nodule/models/model.pt"
 _FINDING_WEIGHT, _VISUAL_WEIGHT, _SENTINEL_WEIGHT = 0.5, 0.5, 0.2
 _WITHOUT_FINDINGS = 0.5
 """The share of patches of which the words have to be told from the image alone."""
@@ -57,8 +56,7 @@ def build(attention: bool, word_vectors: Path | None = None) -> Captioner:
     vectors = {} if word_vectors is None else read_word_vectors(word_vectors, words)
     width = {"hidden": len(next(iter(vectors.values())))} if vectors else {}
     network = Captioner(words, FINDINGS, attention, **width)
-    trunk = torch.load(resources.path(_TRUNK), weights_only=True)
-    network.load_state_dict({k: v for k, v in trunk.items() if "_head" not in k}, strict=False)
+    begin_as_shipped(network)
     with torch.no_grad():
         for word, vector in vectors.items():
             network.words.weight[1 + words.index(word)] = vector

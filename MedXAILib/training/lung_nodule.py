@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from MedXAILib import resources
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules, draw
-from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.bundle import write_scorer
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
@@ -37,11 +38,25 @@ def build(
         attributes, labels = draw(600, seed=0)
         known = attributes[labels > 0]
     network = kind(classes, known.shape[1])
+    typical, spread = units(known)
+    network.attribute_head.offset.copy_(typical)
+    network.attribute_head.scale.copy_(spread)
+    return network
+
+
+def units(known: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the spread (K,) of attributes `known` (M, K), NaN where unknown; 1 where there is no spread."""
     typical, count = known.nanmean(0), (~known.isnan()).sum(0)
     spread = ((known - typical).square().nansum(0) / (count - 1).clamp_min(1)).sqrt()
-    network.attribute_head.offset.copy_(typical)
-    network.attribute_head.scale.copy_(torch.where(spread > 0, spread, 1))
-    return network
+    return typical, torch.where(spread > 0, spread, 1)
+
+
+def begin_as_shipped(network: nn.Module, heads: bool = False) -> None:
+    """Give `network` the weights that the shipped classifier has below its heads, and of its `heads` those that fit."""
+    shipped = torch.load(resources.path("Models/lung_nodule/models/model.pt"), "cpu", weights_only=True)
+    own = network.state_dict()
+    fitting = {k: v for k, v in shipped.items() if "_head." not in k or (heads and v.shape == own[k].shape)}
+    network.load_state_dict(own | fitting)
 
 
 def own(
@@ -179,41 +194,9 @@ def write_classifier(
     """Write the bundle of a network that is made and asked as `LungNoduleClassifier` is (see `write_bundle`), but for
     arguments in its `definition`."""
     kind = type(network)
-    write_bundle(
-        folder,
-        network,
-        definition={
-            "_target_": f"{kind.__module__}.{kind.__name__}",
-            "classes": len(classes),
-            "attributes": len(attributes),
-            **(definition or {}),
-        },
-        inferer={"_target_": "SimpleInferer"},
-        postprocessing=[{"_target_": "Activationsd", "keys": "pred", "softmax": True}],
-        handlers=[
-            {
-                "_target_": "ClassificationSaver",
-                "output_dir": "@output_dir",
-                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
-                "output_transform": "$lambda output: [item['pred'] for item in output]",
-            }
-        ],
-        about=about,
-        output={
-            "type": "probabilities",
-            "format": "classes",
-            "num_channels": len(classes),
-            "spatial_shape": [1, 1, 1],
-            "dtype": "float32",
-            "value_range": [0, 1],
-            "is_patch_data": False,
-            "channel_def": {str(i): name for i, name in enumerate(classes)},
-        },
-        layers=layers,
-        card=card,
-        metrics=metrics,
-        **other,
-    )
+    made = {"_target_": f"{kind.__module__}.{kind.__name__}", "classes": len(classes), "attributes": len(attributes)}
+    known = {"about": about, "layers": layers, "card": card, "metrics": metrics}
+    write_scorer(folder, network, made | dict(definition or {}), classes, "classes", **known, **other)
 
 
 _CARD = """# Lung nodule classifier

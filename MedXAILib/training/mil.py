@@ -18,7 +18,7 @@ from MedXAILib.loading import load_model
 from MedXAILib.networks.mil import CELL, MultipleInstanceClassifier, Pooling
 from MedXAILib.synthetic.lung_nodules import SPACING_MM, Backgrounds, scale
 from MedXAILib.synthetic.whole_lungs import Scans, crops, healed, whole
-from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.bundle import write_scorer
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
@@ -202,33 +202,8 @@ def publish_own(table: Table, recipe: str, network: nn.Module, metrics: dict[str
 def _write(folder: Path, network: nn.Module, pooling: Pooling, grades: Sequence[str], **told: Any) -> None:
     """Write the bundle of a network whose outputs are `grades` (see `write_bundle`)."""
     arguments = {"grades": len(grades), "pooling": pooling}
-    write_bundle(
-        folder,
-        network,
-        definition={"_target_": "MedXAILib.networks.mil.MultipleInstanceClassifier", **arguments},
-        inferer={"_target_": "SimpleInferer"},
-        postprocessing=[{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}],
-        handlers=[
-            {
-                "_target_": "ClassificationSaver",
-                "output_dir": "@output_dir",
-                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
-                "output_transform": "$lambda output: [item['pred'] for item in output]",
-            }
-        ],
-        output={
-            "type": "probabilities",
-            "format": "ordinal",
-            "num_channels": len(grades),
-            "spatial_shape": [1, 1, 1],
-            "dtype": "float32",
-            "value_range": [0, 1],
-            "is_patch_data": False,
-            "channel_def": {str(i): name for i, name in enumerate(grades)},
-        },
-        layers=["evidence"],
-        **told,
-    )
+    definition = {"_target_": "MedXAILib.networks.mil.MultipleInstanceClassifier", **arguments}
+    write_scorer(folder, network, definition, grades, "ordinal", layers=["evidence"], **told)
 
 
 _OWN = """`kappa` has quadratic weights; `auc` is the area under the ROC curve of a grade or a higher one against those

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from MedXAILib.errors import MedXAIError
 from MedXAILib.networks.semantic import Attribute, SemanticLungNodule
 from MedXAILib.training.lung_nodule import measure as measure_classes
-from MedXAILib.training.lung_nodule import write_classifier
+from MedXAILib.training.lung_nodule import units, write_classifier
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
@@ -70,9 +70,7 @@ def attributes_of(names: Sequence[str], known: Tensor) -> tuple[Attribute, ...]:
 def build(classes: int, attributes: Sequence[Attribute], known: Tensor) -> SemanticLungNodule:
     """An untrained network that knows in which units it answers: those of `known` (M, K), NaN where unknown."""
     network = SemanticLungNodule(classes, [asdict(attribute) for attribute in attributes])
-    typical, count = known.nanmean(0), (~known.isnan()).sum(0)
-    spread = ((known - typical).square().nansum(0) / (count - 1).clamp_min(1)).sqrt()
-    spread = torch.where(spread > 0, spread, 1)
+    typical, spread = units(known)
     network.class_head.offset.copy_(typical)
     network.class_head.scale.copy_(spread)
     measured = torch.tensor([bool(attribute.unit) for attribute in attributes])

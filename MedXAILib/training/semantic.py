@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MedXAILib import resources
 from MedXAILib.networks.semantic import ATTRIBUTES, Decision, SemanticLungNodule
 from MedXAILib.synthetic.lung_nodules import CLASSES, Nodules, draw
 from MedXAILib.training import lung_nodule
@@ -32,10 +31,7 @@ _PATCHES = 600
 def build() -> SemanticLungNodule:
     """A network that sees as `lung_nodule` does, and has yet to learn what it is called and what to decide by it."""
     network = SemanticLungNodule(len(CLASSES))
-    seen = torch.load(resources.path("Models/lung_nodule/models/model.pt"), "cpu", weights_only=True)
-    heads = ("attribute_head.", "class_head.")
-    trunk = {name: value for name, value in seen.items() if not name.startswith(heads)}
-    network.load_state_dict(network.state_dict() | trunk)
+    lung_nodule.begin_as_shipped(network)
     attributes, labels = draw(_PATCHES, seed=0)
     known = true_attributes(attributes, labels)
     typical, spread = known.nanmean(0), (known - known.nanmean(0)).square().nanmean(0).sqrt()

@@ -16,7 +16,7 @@ from torch import nn
 from MedXAILib.errors import MedXAIError
 from MedXAILib.loading import load_model
 from MedXAILib.model import Source
-from MedXAILib.trust.finding import Finding, Light, light
+from MedXAILib.trust.finding import Finding, light
 from MedXAILib.trust.judged import Judged
 from MedXAILib.trust.likeness import correlation, extent
 
@@ -35,7 +35,7 @@ def repeatability(judged: Judged) -> Finding:
     """
     found = _likeness(judged, judged.model.retrained, "other training")
     if not found:
-        return _finding("repeatability", REPEATED, _EVEN, None, {})
+        return Finding("repeatability", REPEATED, _EVEN, None, {})
     alike = mean(found)
     colour = light(alike, _SAME, _SIMILAR)
     times = "Another training" if len(found) == 1 else f"{len(found)} other trainings"
@@ -45,7 +45,7 @@ def repeatability(judged: Judged) -> Finding:
         "poor": "give another map: this one is as much about the luck of one training as about the scan",
     }[colour]
     values = {"likeness": alike, "lowest": min(found), "highest": max(found)}
-    return _finding(
+    return Finding(
         "repeatability", REPEATED, f"{times} of the network would {sentence} ({alike:.2f} alike).", colour, values
     )
 
@@ -59,7 +59,7 @@ def permuted(judged: Judged) -> Finding:
     source = judged.model.permuted
     found = _likeness(judged, () if source is None else (source,), "training on permuted labels")
     if not found:
-        return _finding("permuted", PERMUTED, _EVEN, None, {})
+        return Finding("permuted", PERMUTED, _EVEN, None, {})
     alike = abs(found[0])
     colour = light(alike, _OTHER, _RELATED)
     sentence = {
@@ -67,7 +67,7 @@ def permuted(judged: Judged) -> Finding:
         "fair": "gives a map that is the same in part: read it with caution",
         "poor": "gives the same map: it is not about what the labels taught",
     }[colour]
-    return _finding(
+    return Finding(
         "permuted",
         PERMUTED,
         f"The same network, taught labels that mean nothing, {sentence} ({alike:.2f} alike).",
@@ -100,7 +100,3 @@ def _likeness(judged: Judged, others: Sequence[Source], what: str) -> list[float
 def _network(source: Source) -> nn.Module:
     """Kept, for whoever judges many maps of one network."""
     return load_model(source).network
-
-
-def _finding(check: str, title: str, sentence: str, colour: Light | None, values: dict[str, float]) -> Finding:
-    return Finding(check, title, sentence, colour, values)

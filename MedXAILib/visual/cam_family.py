@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.engines.capture import Captured, averages_out, capture, suggest_layer
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Attribution, Explainer, Question
+from MedXAILib.explainer import Attribution, Explainer, Names, Question
 
 Fuse = Literal["mean", "max", "product"]
 
@@ -22,18 +22,13 @@ class LayerMap(Explainer):
     layered: ClassVar[bool] = True
     stitching: ClassVar[Literal["sum", "blend"] | None] = "blend"
 
-    layers: tuple[str, ...] = Field(
+    layers: Names = Field(
         (), description="layers to read, by their names in the network; the last with a spatial layout when left out"
     )
     fuse: Fuse = Field(
         "mean", description="how the maps of several layers, each scaled to a largest value of 1, become one"
     )
     positive: bool = Field(True, description="keep only what speaks for the target (ReLU)")
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
     @property
     def signed(self) -> bool:
