@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from MedXAILib.model import Model, Prediction
     from MedXAILib.registry import methods
     from MedXAILib.request import explain, recompute, tell
+    from MedXAILib.rule_set import Condition, Rule, RuleSet
     from MedXAILib.run import Progress, Run
     from MedXAILib.similar_cases import Case, SimilarCases
     from MedXAILib.target import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         Target,
     )
     from MedXAILib.textual.concept_sets import Examples
+    from MedXAILib.traversal import Place, Step, Traversal
     from MedXAILib.trust.card import TrustCard, trust_card
     from MedXAILib.trust.judged import Judged
     from MedXAILib.volume import Volume, load_volume
@@ -52,10 +54,12 @@ _HOME = {
     "model": ["Model", "Prediction"],
     "registry": ["methods"],
     "request": ["explain", "recompute", "tell"],
+    "rule_set": ["Condition", "Rule", "RuleSet"],
     "run": ["Progress", "Run"],
     "similar_cases": ["Case", "SimilarCases"],
     "target": ["CaptionTarget", "ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
     "textual.concept_sets": ["Examples"],
+    "traversal": ["Place", "Step", "Traversal"],
     "trust.card": ["TrustCard", "trust_card"],
     "trust.judged": ["Judged"],
     "volume": ["Volume", "load_volume"],

@@ -168,6 +168,8 @@ _KINDS = {
     "Caption": "caption",
     "ConceptScores": "concept_scores",
     "SimilarCases": "similar_cases",
+    "Traversal": "traversal",
+    "RuleSet": "rule_set",
 }
 
 

@@ -339,7 +339,7 @@ def _common(
     return {
         "method": explainer.id,
         "title": explainer.title,
-        "parameters": explainer.model_dump(mode="json"),
+        "parameters": {**explainer.model_dump(mode="json"), **run.settled},
         "region": None if region is None else np.asarray(region, dtype=float).tolist(),
         "model": {
             "name": model.name,

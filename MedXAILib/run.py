@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -87,6 +87,9 @@ class Run:
     """Whether it ended early because that was `enough`."""
     operators: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     """Of a method that has rules for operators: which rule met which, how often."""
+    settled: dict[str, Any] = field(default_factory=dict, init=False)
+    """Parameters that were left open, and what they became, such as the version of a library of cases: with them, the
+    same is computed again."""
     _started: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _glimpse: float = field(default_factory=lambda: time.monotonic() + _GLIMPSE_SECONDS, init=False, repr=False)
 

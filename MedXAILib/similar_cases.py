@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -16,14 +17,20 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import Explanation, ImageFormat
 from MedXAILib.volume import Volume
 
+Role = Literal["alike", "unlike", "mistaken", "helpful", "harmful", "prototype"]
+"""Why a case is shown: the network says the same of it, or otherwise; it is wrong about it; learning from it spoke for
+what is said of the scan, or against; or it is where a prototype of the network comes from."""
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A case that is like the one explained.
+    """A case that says something about the one explained.
 
     `uid` tells it from the others, `label` is what is known about it, and `similarity` is the greater the more alike it
-    is. `source` says where its whole scan is; `volume` is the part that was compared, `place` (RAS mm) and `map`
-    (1, D, H, W) where in it the likeness lies.
+    is, or what the explanation calls its score. `role` says why it is shown, `numbers` has what else is known of it by
+    name (points, diameter ...), and `note` is a sentence for people. `source` says where its whole scan is; `volume` is
+    the part that was compared, `place` (RAS mm) and `map` (1, D, H, W) where in it the likeness lies; `query_map`
+    (1, D, H, W) is where in the scan explained, on that scan's own grid.
     """
 
     uid: str
@@ -33,12 +40,17 @@ class Case:
     place: Point | None = None
     volume: Volume | None = None
     map: Tensor | None = None
+    role: Role = "alike"
+    note: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    query_map: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SimilarCases(Explanation):
     """Which: cases like this one, the most similar first, and what in it they are like.
 
+    `scored` says what their similarity is ("cosine similarity", "influence on the logit", "points"), `text` sums up.
     `query_map` is float32, (1, D, H, W), on the volume's own grid; `affine` takes its index (d, h, w) to RAS mm.
 
     Raises:
@@ -48,6 +60,8 @@ class SimilarCases(Explanation):
     cases: tuple[Case, ...]
     query_map: Tensor | None = None
     affine: np.ndarray | None = None
+    scored: str = "similarity"
+    text: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cases", tuple(self.cases))
@@ -56,8 +70,10 @@ class SimilarCases(Explanation):
             if not case.uid or uids.count(case.uid) > 1:
                 raise MedXAIError(f"{uids.count(case.uid)} cases are called '{case.uid}': give each a name of its own.")
             _check(case)
-        if self.query_map is not None and (self.affine is None or self.query_map.ndim != 4 or len(self.query_map) != 1):
-            raise MedXAIError("The query's map is (1, D, H, W), with its affine: give both, or neither.")
+        queries = [m for m in (self.query_map, *(case.query_map for case in self.cases)) if m is not None]
+        shapes = {tuple(m.shape) for m in queries}
+        if queries and (self.affine is None or len(shapes) > 1 or queries[0].ndim != 4 or len(queries[0]) != 1):
+            raise MedXAIError("Maps of the query are (1, D, H, W), all of one grid, with its affine: give both.")
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
         files: list[str] = []
@@ -69,8 +85,15 @@ class SimilarCases(Explanation):
             sitk.WriteImage(volume.to_sitk(), str(folder / files[-1]), useCompression=True)
             return len(files) - 1
 
-        query = None if self.query_map is None or self.affine is None else Volume(self.query_map, self.affine)
-        said: dict[str, Any] = {"query_map": written(query, "query-map"), "cases": []}
+        def of_query(values: Tensor | None) -> Volume | None:
+            return None if values is None or self.affine is None else Volume(values, self.affine)
+
+        said: dict[str, Any] = {
+            "scored": self.scored,
+            "text": self.text,
+            "query_map": written(of_query(self.query_map), "query-map"),
+            "cases": [],
+        }
         for i, case in enumerate(self.cases):
             said["cases"].append(
                 {
@@ -81,6 +104,10 @@ class SimilarCases(Explanation):
                     "place": case.place,
                     "volume": written(case.volume, f"case-{i}"),
                     "map": written(_map(case), f"case-{i}-map"),
+                    "role": case.role,
+                    "note": case.note,
+                    "numbers": dict(case.numbers),
+                    "query_map": written(of_query(case.query_map), f"query-{i}-map"),
                 }
             )
         return {"files": files, **said, "affine": None if self.affine is None else self.affine.tolist()}
@@ -92,20 +119,25 @@ class SimilarCases(Explanation):
                 return None
             return Volume.from_sitk(sitk.ReadImage(str(folder / manifest["files"][index])), source)
 
+        def values(index: int | None) -> Tensor | None:
+            found = read(index)
+            return None if found is None else found.data
+
         cases = []
         for said in manifest["cases"]:
-            volume, of_map = read(said["volume"], said["source"]), read(said["map"])
             known = {
                 "place": said["place"] and tuple(said["place"]),
-                "volume": volume,
-                "map": None if of_map is None else of_map.data,
+                "volume": read(said["volume"], said["source"]),
+                "map": values(said["map"]),
+                "query_map": values(said["query_map"]),
             }
             cases.append(Case(**{**said, **known}))
-        query = read(manifest["query_map"])
         return cls(
             **common,
             cases=tuple(cases),
-            query_map=None if query is None else query.data,
+            scored=manifest["scored"],
+            text=manifest["text"],
+            query_map=values(manifest["query_map"]),
             affine=None if manifest["affine"] is None else np.array(manifest["affine"]),
         )
 
@@ -115,8 +147,9 @@ def _map(case: Case) -> Volume | None:
 
 
 def _check(case: Case) -> None:
-    if not math.isfinite(case.similarity):
-        raise MedXAIError(f"The similarity of the case '{case.uid}' is {case.similarity}: give a finite number.")
+    for name, number in (("similarity", case.similarity), *case.numbers.items()):
+        if not math.isfinite(number):
+            raise MedXAIError(f"The {name} of the case '{case.uid}' is {number}: give a finite number.")
     if case.map is not None and (case.volume is None or tuple(case.map.shape) != (1, *case.volume.shape)):
         raise MedXAIError(f"The map of the case '{case.uid}' is not on the grid of its volume: give (1, D, H, W).")
     check_place(case.place, f"the case '{case.uid}'")
