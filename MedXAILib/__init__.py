@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from MedXAILib.model import Model, Prediction
     from MedXAILib.registry import methods
     from MedXAILib.request import explain, recompute, tell
-    from MedXAILib.rule_set import Condition, Rule, RuleSet
+    from MedXAILib.rule import Condition, Rule
+    from MedXAILib.rule_set import RuleSet
     from MedXAILib.run import Progress, Run
     from MedXAILib.similar_cases import Case, SimilarCases
     from MedXAILib.target import (
@@ -54,7 +55,8 @@ _HOME = {
     "model": ["Model", "Prediction"],
     "registry": ["methods"],
     "request": ["explain", "recompute", "tell"],
-    "rule_set": ["Condition", "Rule", "RuleSet"],
+    "rule": ["Condition", "Rule"],
+    "rule_set": ["RuleSet"],
     "run": ["Progress", "Run"],
     "similar_cases": ["Case", "SimilarCases"],
     "target": ["CaptionTarget", "ClassTarget", "EmbeddingTarget", "RegressionTarget", "SegmentationTarget", "Target"],
