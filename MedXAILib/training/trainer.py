@@ -36,7 +36,8 @@ class Recipe:
     `publish(network, metrics, folder)` writes the bundle.
     A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
     threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine`
-    makes the test, where that is of something else than what the network learns from. `own(recipe, table)` is it for a
+    makes the test, where that is of something else than what the network learns from. `repeat(backgrounds, count,
+    seed)` makes the batches, of the same few patches, where fresh ones take too long. `own(recipe, table)` is it for a
     person's own data, if it can be (see `MedXAILib.training.table`).
     """
 
@@ -52,6 +53,7 @@ class Recipe:
     own: Callable[[Recipe, Table], Recipe] | None = None
     synthesise: Callable[..., Any] = synthesise
     examine: Callable[..., Any] | None = None
+    repeat: Callable[..., Any] | None = None
     batch: int = 30
     learning_rate: float = 3e-3
     patience: int = 8
@@ -105,7 +107,7 @@ def fit(
     total = recipe.epochs * recipe.steps
 
     def batch(step: int) -> Any:
-        return recipe.synthesise(data, recipe.batch, _step_seed(run, step))
+        return (recipe.repeat or recipe.synthesise)(data, recipe.batch, _step_seed(run, step))
 
     devices = [device] if device.type == "cuda" else []
     steps = range(epoch * recipe.steps, total)
