@@ -9,7 +9,7 @@ from typing import Any, Literal
 from MedXAILib.explainer import Technique
 
 Type = Literal["bool", "int", "float", "choice", "text", "list"]
-Format = Literal["", "numbers", "region", "mask", "file"]
+Format = Literal["", "numbers", "region", "mask", "file", "folder"]
 
 _TYPES: dict[str, Type] = {"boolean": "bool", "integer": "int", "number": "float", "array": "list"}
 
@@ -19,7 +19,7 @@ class Parameter:
     """A parameter of a method. A "list" is one of names, or one of "numbers" where its `format` says so; a "choice"
     that is `open` also takes the path of a file. A "text" of the format "region" is a part of the scan, and may be a
     box in RAS mm or a `Volume` instead; one of the format "mask" may be a `Volume`, and one of the format "file" is the
-    path of a file or folder."""
+    path of a file or folder, of the format "folder" that of a folder."""
 
     name: str
     type: Type
@@ -77,4 +77,4 @@ def _format(schema: dict[str, Any]) -> Format:
     if schema.get("items", {}).get("type") in ("number", "integer"):
         return "numbers"
     # Other formats are of no concern to whoever offers the method.
-    return next((known for known in ("region", "mask", "file") if schema.get("format") == known), "")
+    return next((known for known in ("region", "mask", "file", "folder") if schema.get("format") == known), "")

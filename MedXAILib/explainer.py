@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from MedXAILib.engines.checkpointing import Block
@@ -29,6 +29,9 @@ def _split(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A parameter that is several names, or one text with commas between them."""
+
+Folder = Annotated[str, Field(json_schema_extra={"format": "folder"})]
+"""A parameter that is the path of a folder."""
 
 
 @dataclass(frozen=True)

@@ -440,3 +440,26 @@ def test_examples_are_a_file_that_is_part_of_the_question(host, module, scan, tm
     assert panel.ui.whereWidget.isHidden()
     choose(panel.ui.methodSelector, "tcav")
     assert panel.whereForm.values() == {"examples": str(table)}
+
+
+def test_folder_that_was_used_is_offered_again(host, module, scan, monkeypatch, tmp_path):
+    panel = module.explainPanel
+    text = {"type": "text", "default": "", "choices": [], "open": False, "minimum": None, "maximum": None, "help": "?"}
+    for method in ("gradient", "occlusion"):
+        known = module.logic.methods[method]
+        library = {**text, "name": "library", "format": "folder"}
+        with_library = {**known, "parameters": [library, *known["parameters"]]}
+        monkeypatch.setitem(module.logic.methods, method, with_library)
+    choose(panel.ui.methodSelector, "occlusion")
+    (browse,) = panel.whereForm.widget.findChildren(qt.QToolButton)
+    host.files.append(str(tmp_path))
+    browse.click()
+    assert panel._changedParameters() == {"library": str(tmp_path)} and "library" not in panel.form.values()
+    # As after an answer: these methods have no such parameter in truth, and would be refused.
+    panel.whereForm.remember()
+    choose(panel.ui.methodSelector, "gradient")
+    (box,) = panel.whereForm.widget.findChildren(qt.QComboBox)
+    assert [box.itemText(i) for i in range(box.count)] == [str(tmp_path)]
+    assert box.currentText == "" and panel._changedParameters() == {}
+    box.setCurrentText(box.itemText(0))
+    assert panel._changedParameters() == {"library": str(tmp_path)}

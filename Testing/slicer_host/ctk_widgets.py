@@ -176,7 +176,24 @@ class ctkPathLineEdit(qt.QWidget):
             self.currentPath = path
 
     def addCurrentPathToHistory(self):
-        pass
+        history = [path for path in self._history() if path != self.currentPath]
+        if self.currentPath:
+            self._stored().setValue(f"ctkPathLineEdit/{self._key}", [self.currentPath, *history])
+            self._fill()
+
+    def _history(self):
+        return self._stored().value(f"ctkPathLineEdit/{self._key}") or []
+
+    @staticmethod
+    def _stored():
+        return qt.QSettings()
+
+    def _fill(self):
+        path = self.currentPath
+        self._edit.clear()
+        self._edit.addItems(self._history())
+        # As the real one, which chooses the latest where there was no path.
+        self._edit.currentText = path or (self._edit.itemText(0) if self._edit.count else "")
 
     def _set_path(self, path):
         self._edit.currentText = path
@@ -187,10 +204,15 @@ class ctkPathLineEdit(qt.QWidget):
     currentPath = qt.Property(str, lambda self: self._edit.currentText, _set_path)
     filters = _named("_filters", int)
     nameFilters = _named("_names", "QStringList")
-    _label, _key, _history = "", "", True
+
+    def _set_key(self, key):
+        self._key = key
+        self._fill()
+
+    _label, _key, _button = "", "", True
     label = _named("_label", str)
-    settingKey = _named("_key", str)
-    showHistoryButton = _named("_history", bool)
+    settingKey = qt.Property(str, lambda self: self._key, _set_key)
+    showHistoryButton = _named("_button", bool)
 
 
 class ctkComboBox(qt.QComboBox):

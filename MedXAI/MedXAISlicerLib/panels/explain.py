@@ -17,11 +17,13 @@ _ANSWERS = {
     "Caption": _("In words: a caption"),
     "ConceptScores": _("In words: concepts"),
     "SimilarCases": _("By example: similar cases"),
+    "Traversal": _("By example: if it looked otherwise"),
+    "RuleSet": _("In words: rules"),
 }
 
 # The formats of parameters that say where, or by which examples: they are part of the question, and not of how it is
 # answered.
-_ASKED = ("region", "mask", "file")
+_ASKED = ("region", "mask", "file", "folder")
 
 # A role that Qt itself reads the flags of an item from: 0 makes it a heading.
 _FLAGS = qt.Qt.UserRole - 1
@@ -376,6 +378,7 @@ class ExplainPanel(Panel):
 
     def _succeeded(self, run):
         settings.addRecentModel(self.parameterNode.model)
+        self.whereForm.remember()
         self._say("")
         if isinstance(run, asking.Predicting):
             if run.text:

@@ -55,6 +55,13 @@ class ParameterForm:
                 return _("{name}: choose a region of interest or a segment first").format(name=name)
         return ""
 
+    def remember(self):
+        """Offer the folders that are chosen now again, in every scene."""
+        for row in range(self._layout.rowCount()):
+            widget = self._layout.itemAt(row, qt.QFormLayout.FieldRole).widget()
+            if isinstance(widget, ctk.ctkPathLineEdit) and widget.settingKey:
+                widget.addCurrentPathToHistory()
+
     def _bool(self, parameter, value):
         box = qt.QCheckBox()
         box.checked = bool(value)
@@ -113,7 +120,16 @@ class ParameterForm:
         return line, lambda: _numbersOf(line.text) or parameter["default"]
 
     def _file(self, parameter, value):
+        return self._path(ctk.ctkPathLineEdit(), parameter, value)
+
+    def _folder(self, parameter, value):
         line = ctk.ctkPathLineEdit()
+        line.filters = ctk.ctkPathLineEdit.Dirs
+        # What was used last is offered again, whatever method asks for a folder of this name.
+        line.settingKey = f"MedXAI/{parameter['name']}"
+        return self._path(line, parameter, value)
+
+    def _path(self, line, parameter, value):
         line.currentPath = value or ""
         line.connect("currentPathChanged(QString)", self._changed)
         return line, lambda: line.currentPath or parameter["default"]
