@@ -168,17 +168,21 @@ def draw(count: int, seed: int, borderline: bool = False) -> tuple[Tensor, Tenso
     return attributes, torch.arange(count) % len(CLASSES)
 
 
-def synthesise(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False) -> Nodules:
-    """`count` patches, a third of each class; see `draw` for `borderline`."""
-    return render(backgrounds, *draw(count, seed, borderline), seed)
+def synthesise(
+    backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False, jitter: int = _JITTER
+) -> Nodules:
+    """`count` patches, a third of each class; see `draw` for `borderline`, and `render` for `jitter`."""
+    return render(backgrounds, *draw(count, seed, borderline), seed, jitter)
 
 
-def render(backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int) -> Nodules:
-    """Patches with nodules of these attributes (N, 7); label 0 leaves the lung as it is."""
+def render(backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int, jitter: int = _JITTER) -> Nodules:
+    """Patches with nodules of these attributes (N, 7), up to `jitter` voxels from the middle along each axis; label 0
+    leaves the lung as it is."""
     parts = []
     for start in range(0, len(labels), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(labels)))
-        parts.append(_render(backgrounds, attributes[start : rows.stop], labels[start : rows.stop], seed, rows))
+        part = attributes[start : rows.stop], labels[start : rows.stop]
+        parts.append(_render(backgrounds, *part, seed, rows, jitter))
     return Nodules(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -264,9 +268,14 @@ class Draws:
     noise: Tensor
 
 
-def drawn(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Tensor] | None = None) -> Draws:
+def drawn(
+    backgrounds: Backgrounds,
+    generator: Generator,
+    part: tuple[Tensor, Tensor] | None = None,
+    jitter: int = _JITTER,
+) -> Draws:
     """A place, and all else that is random; the patch lies between the voxels `part` of the scan (from, to)."""
-    corner, centre = _place(backgrounds, generator, part)
+    corner, centre = _place(backgrounds, generator, part, jitter)
     swap = bool(torch.rand((), generator=generator) < 0.5)
     flips = torch.rand(3, generator=generator) < 0.5
     # The nodule goes where its piece of lung goes.
@@ -289,7 +298,9 @@ def drawn(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Te
     )
 
 
-def _place(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _place(
+    backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, Tensor] | None, jitter: int
+) -> tuple[Tensor, Tensor]:
     """The corner of a patch in the scan, and where in the patch a nodule's centre belongs: in lung.
 
     Patches without a nodule follow the same law, so that the place gives the class away to nobody. Every sixth is at a
@@ -301,7 +312,7 @@ def _place(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, T
     for _ in range(rounds):
         points = backgrounds.vessels if torch.rand((), generator=generator) < 1 / 6 else backgrounds.inside
         point = points[torch.randint(len(points), (tries,), generator=generator)]
-        corner = point - SIZE // 2 + torch.randint(-_JITTER, _JITTER + 1, (tries, 3), generator=generator)
+        corner = point - SIZE // 2 + torch.randint(-jitter, jitter + 1, (tries, 3), generator=generator)
         good = ((corner >= first) & (corner + SIZE <= last)).all(1)
         if backgrounds.lesion_box is not None:
             low, high = backgrounds.lesion_box
@@ -312,8 +323,10 @@ def _place(backgrounds: Backgrounds, generator: Generator, part: tuple[Tensor, T
     raise MedXAIError("The scan has no piece of lung of 50 mm beside its lesion: use a scan with more lung.")
 
 
-def _render(backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int, rows: range) -> Iterator[Tensor]:
-    draws = [drawn(backgrounds, _generator(seed, row, 1)) for row in rows]
+def _render(
+    backgrounds: Backgrounds, attributes: Tensor, labels: Tensor, seed: int, rows: range, jitter: int
+) -> Iterator[Tensor]:
+    draws = [drawn(backgrounds, _generator(seed, row, 1), jitter=jitter) for row in rows]
     hu = _lung(backgrounds, draws)
     masks = torch.zeros(hu.shape, dtype=torch.bool)
     lesion = labels > 0
