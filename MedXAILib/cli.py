@@ -23,9 +23,9 @@ from typer.core import TyperGroup
 
 from MedXAILib import __version__
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
+from MedXAILib.plain_text import plain, visible
 
 if TYPE_CHECKING:
-    from MedXAILib.concept_scores import ConceptScores
     from MedXAILib.explanation import Explanation, SaliencyMap
     from MedXAILib.model import Model, Prediction
     from MedXAILib.report.page import Shown
@@ -62,27 +62,17 @@ class _Commands(TyperGroup):
             message = " ".join(str(error).split())
             for argument, option in _OPTIONS.items():
                 message = message.replace(argument, option)
-            typer.echo(f"Error: {_visible(message)}", err=True)
+            typer.echo(f"Error: {visible(message)}", err=True)
             if isinstance(error, Untrusted) and error.code:
-                typer.echo(_visible(error.code), err=True)
+                typer.echo(visible(error.code), err=True)
             raise typer.Exit(1) from None
         except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
             # The ways to leave a command are errors too, and a closed pipe is nobody's defect.
             if ctx.params.get("debug") or isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)):
                 raise
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            typer.echo(f"Error: {_visible(message)} (unexpected: 'medxai --debug ...' shows where)", err=True)
+            typer.echo(f"Error: {visible(message)} (unexpected: 'medxai --debug ...' shows where)", err=True)
             raise typer.Exit(1) from None
-
-
-def _visible(text: str) -> str:
-    """`text` of unknown origin with its control characters spelt out, so that it cannot hide a part of itself."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _shown(text: str) -> str:
-    """`text` of unknown origin for a table: neither control characters nor markup do anything."""
-    return escape(_visible(text))
 
 
 app = typer.Typer(
@@ -169,7 +159,7 @@ def demo(out: _Out = Path("medxai-demo")) -> None:
     for sentence in first.localisation.words("nodule") if first.localisation else ():
         console.print(sentence)
     console.print(_comparison(found.shown))
-    console.print(f"Look at [bold]{_shown(str(out / 'index.html'))}[/]; the picture alone is montage.png beside it.")
+    console.print(f"Look at [bold]{plain(str(out / 'index.html'))}[/]; the picture alone is montage.png beside it.")
     console.print("Then: medxai methods, medxai models, medxai explain --help.")
     console.print(f"{example.CAUTION} For research only, not for diagnosis.", style="dim")
 
@@ -191,7 +181,7 @@ def methods(
         table.add_column(no_wrap=True)
         for id, kind in EXPLAINERS.items():
             place = f"{kind.taxonomy.family}, {kind.taxonomy.built}, {' and '.join(kind.taxonomy.scope)}"
-            said = _shown(f"{kind.title} ({kind.paper})\n{described.question(id)}")
+            said = plain(f"{kind.title} ({kind.paper})\n{described.question(id)}")
             table.add_row(f"[bold]{id}[/]\n[dim]{place}[/]", said)
         Console(highlight=False).print(table)
         return
@@ -199,8 +189,8 @@ def methods(
         raise unknown("method", name, EXPLAINERS)
     kind = EXPLAINERS[name]
     console = Console(highlight=False)
-    console.print(f"[bold]{kind.title}[/] ({kind.paper}). {_shown(described.question(name))}")
-    console.print(f"Good: {_shown(kind.taxonomy.strengths)}.\nLimits: {_shown(kind.taxonomy.limits)}.")
+    console.print(f"[bold]{kind.title}[/] ({kind.paper}). {plain(described.question(name))}")
+    console.print(f"Good: {plain(kind.taxonomy.strengths)}.\nLimits: {plain(kind.taxonomy.limits)}.")
     table = Table("parameter", "type", "default", "range", "what it does", box=box.SIMPLE)
     for p in described.parameters(kind):
         table.add_row(f"[bold]{p.name}[/]", *map(escape, (p.type, p.default, p.range, p.help)))
@@ -221,7 +211,7 @@ def models(
         table.columns[0].no_wrap = True
         for name, bundle in _shipped().items():
             about = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
-            table.add_row(f"[bold]{name}[/]", _shown(about.get("task", "")), _shown(about.get("intended_use", "")))
+            table.add_row(f"[bold]{name}[/]", plain(about.get("task", "")), plain(about.get("intended_use", "")))
         console.print(table)
         console.print("medxai models MODEL says more; docs/README.md in a model's folder is its card.", style="dim")
         return
@@ -229,7 +219,7 @@ def models(
         loaded = _load(model, trust)
     table = Table(box=box.SIMPLE, show_header=False)
     for row in _facts(loaded):
-        table.add_row(row[0], _shown(row[1]))
+        table.add_row(row[0], plain(row[1]))
     console.print(table)
     if layers:
         console.print(_layers(loaded))
@@ -353,7 +343,7 @@ def evaluate(
         rows = compare(_load(model, trust), read_cases(cases), compared, out, run, wanted)
     console = Console(highlight=False)
     console.print(_compared(rows))
-    console.print(f"Look at [bold]{_shown(str(out / 'index.html'))}[/]; every number is in table.csv beside it.")
+    console.print(f"Look at [bold]{plain(str(out / 'index.html'))}[/]; every number is in table.csv beside it.")
 
 
 @app.command()
@@ -407,10 +397,10 @@ def train(
         measured = training.train(name, out, run, quick, None if data is None else read_table(data, grid, order, seed))
     table = Table("measured", "value", box=box.SIMPLE)
     for key, value in measured.items():
-        table.add_row(_shown(key.replace("_", " ")), f"{value:g}")
+        table.add_row(plain(key.replace("_", " ")), f"{value:g}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"The bundle is in [bold]{_shown(str(out))}[/]: medxai models {_shown(str(out))}")
+    console.print(f"The bundle is in [bold]{plain(str(out))}[/]: medxai models {plain(str(out))}")
 
 
 @contextmanager
@@ -424,7 +414,7 @@ def _live(**settings: Any) -> Iterator[Run]:
 
         def tell(step: Step) -> None:
             left = "" if step.seconds_left is None else _duration(step.seconds_left) + " left"
-            bar.update(task, description=_shown(step.message), completed=step.done, total=step.total, left=left)
+            bar.update(task, description=plain(step.message), completed=step.done, total=step.total, left=left)
 
         yield Run(progress=tell, **settings)
 
@@ -505,38 +495,18 @@ def _told_card(found: Explanation, network: Model, scan: Volume, run: Run) -> Tr
 
 
 def _tell(found: Explanation, card: TrustCard | None, out: Path) -> None:
-    """What was found in words, by concepts or by cases."""
-    from MedXAILib.caption import Caption
-    from MedXAILib.concept_scores import ConceptScores
+    """What was found otherwise than as one map."""
+    from MedXAILib.report.terminal import told
 
     console, made = Console(highlight=False), found.provenance
-    if isinstance(found, Caption):
-        console.print(f"[bold]{_shown(found.text)}[/]")
-    if isinstance(found, ConceptScores):
-        console.print(_shown(found.text))
-        console.print(_concepts(found))
+    console.print(*(part if isinstance(part, Table) else plain(part) for part in told(found)), sep="\n")
     for name, missed in found.residual.items():
         console.print(f"{name.capitalize()}: missed by {missed:.2%}.")
     for note in made.notes:
-        console.print(f"Note: {_shown(note)}")
+        console.print(f"Note: {plain(note)}")
     if card is not None:
         console.print(_checked(card))
     _wrote(found, out)
-
-
-def _concepts(found: ConceptScores) -> Table:
-    names = list(dict.fromkeys(name for concept in found.concepts for name in concept.numbers))
-    layered = len({concept.layer for concept in found.concepts}) > 1
-    heads = ["concept", *["layer"] * layered, "in this scan", found.scored, *names]
-    table = Table(*map(_shown, heads), box=box.SIMPLE)
-    for concept in found.concepts:
-        value = "" if concept.value is None else f"{concept.value:.3g} {concept.unit}"
-        interval = "" if concept.interval is None else f" ± {concept.interval:.2f}"
-        score = concept.refused if concept.score is None else f"{concept.score:+.2f}{interval}"
-        numbers = (f"{concept.numbers[name]:.3g}" if name in concept.numbers else "" for name in names)
-        cells = [concept.name, *[concept.layer] * layered, value, score]
-        table.add_row(*map(_shown, cells), *numbers)
-    return table
 
 
 def _wrote(explanation: Explanation, out: Path) -> None:
@@ -545,7 +515,7 @@ def _wrote(explanation: Explanation, out: Path) -> None:
         f"{made.seconds:.1f} s, {made.forwards} forward(s), {made.backwards} backward(s), "
         f"{made.peak_memory / 1e6:.0f} MB more memory."
     )
-    console.print(f"Written to [bold]{_shown(str(out))}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    console.print(f"Written to [bold]{plain(str(out))}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
     console.print("For research only, not for diagnosis.", style="dim")
 
 
@@ -555,15 +525,15 @@ def _report(shown: Shown, prediction: Prediction, out: Path) -> None:
 
     console, explanation = Console(highlight=False), shown.explanation
     made = explanation.provenance
-    console.print(_said(prediction, made.target_label) if prediction.scores else _shown(prediction.text))
+    console.print(_said(prediction, made.target_label) if prediction.scores else plain(prediction.text))
     where = ", ".join(f"{value:.1f}" for value in peak(explanation))
-    console.print(f"{title(made.method)} for [bold]{_shown(made.target_label)}[/] peaks at {where} (RAS mm).")
+    console.print(f"{title(made.method)} for [bold]{plain(made.target_label)}[/] peaks at {where} (RAS mm).")
     for sentence in shown.localisation.words() if shown.localisation else ():
         console.print(sentence)
     for name, missed in explanation.residual.items():
         console.print(f"{name.capitalize()}: missed by {missed:.2%}.")
     for note in made.notes:
-        console.print(f"Note: {_shown(note)}")
+        console.print(f"Note: {plain(note)}")
     if shown.card is not None:
         console.print(_checked(shown.card))
     _wrote(explanation, out)
@@ -593,16 +563,16 @@ def _checked(card: TrustCard) -> Table:
     table = Table("", "check", "what it says", box=box.SIMPLE)
     for found in card.findings:
         word, colour = COLOURS[found.light]
-        table.add_row(f"[{colour}]●[/] {word}", found.title, _shown(found.sentence))
+        table.add_row(f"[{colour}]●[/] {word}", found.title, plain(found.sentence))
     for name, why in card.left_out.items():
-        table.add_row("left out", name, _shown(why))
+        table.add_row("left out", name, plain(why))
     return table
 
 
 def _said(prediction: Prediction, target: str) -> Table:
     table = Table(*(("label", "mL") if prediction.labels is not None else ("class", "score")), box=box.SIMPLE)
     for name, score in sorted(prediction.scores.items(), key=lambda item: -item[1]):
-        table.add_row(_shown(name), f"{score:.3f}", style="bold" if name == target else None)
+        table.add_row(plain(name), f"{score:.3f}", style="bold" if name == target else None)
     return table
 
 
@@ -653,5 +623,5 @@ def _layers(model: Model) -> Table:
     table = Table("layer", "kind", "output", box=box.SIMPLE)
     for name, module in modules.items():
         style = "bold" if name in model.layers else None
-        table.add_row(_shown(name), type(module).__name__, shapes.get(name, ""), style=style)
+        table.add_row(plain(name), type(module).__name__, shapes.get(name, ""), style=style)
     return table

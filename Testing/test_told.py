@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import small_explanations
 import torch
 
 import MedXAILib as mx
+from MedXAILib.report.cases import TITLES
 from MedXAILib.report.told import told_page, write_told
+from MedXAILib.report.words import of_concepts
 
 AFFINE = np.array([[0.0, 0.1, 2.0, 5.0], [0.3, 1.0, 0.0, -7.0], [4.0, 0.0, -0.2, 1.0], [0.0, 0.0, 0.0, 1.0]])
 
@@ -88,8 +91,9 @@ def test_the_page_of_a_caption_reads_as_the_caption(chest: mx.Volume, caption: m
     assert "<script" not in page and "check every word" in page and "For research only" in page
 
 
-def test_the_page_of_concepts_says_what_each_is_worth(caption: mx.Caption) -> None:
-    page = told_page(scores(caption.provenance, alike=np.eye(3)), [])
+def test_the_page_of_concepts_says_what_each_is_worth(chest: mx.Volume, caption: mx.Caption) -> None:
+    told = scores(caption.provenance, alike=np.eye(3))
+    page = told_page(told, of_concepts(mx.Volume(torch.zeros(1, 2, 3, 4), AFFINE), told))
     shown = text(page)
     assert "diameter 15.2 mm +1.20 ± 0.30 0.3 0.001" in shown
     assert "calcification 0.02 -0.70 -4" in shown
@@ -97,3 +101,75 @@ def test_the_page_of_concepts_says_what_each_is_worth(caption: mx.Caption) -> No
     # The longest bar reaches as far as score and interval of any concept, half of the axis.
     widths = {side: float(width) for side, width in re.findall(r'class=(for|against) style="width:([\d.]+)%"', page)}
     assert widths == {"for": pytest.approx(50 * 1.2 / 1.5), "against": pytest.approx(50 * 0.7 / 1.5, abs=0.06)}
+
+
+def written(folder: Path, volume: mx.Volume, told: mx.Explanation) -> str:
+    folder.mkdir()
+    write_told(folder, volume, told)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "For research only" in page
+    return page
+
+
+def test_the_page_of_cases_has_a_card_for_each_by_its_role(chest: mx.Volume, tmp_path: Path) -> None:
+    found = small_explanations.similar_cases(chest, count=3)
+    first, second, third = found.cases
+    told = replace(
+        found,
+        cases=(
+            replace(first, role="mistaken", numbers={"diameter_mm": 12.5}),
+            replace(second, note="said <benign>", query_map=found.query_map),
+            replace(third, volume=None, map=None, place=None),
+        ),
+        text="Two are near.",
+        scored="cosine",
+    )
+    page = written(tmp_path / "page", chest, told)
+    shown = text(page)
+    assert "Two are near." in shown and "said <benign>" in shown and "<benign>" not in page
+    # The mistaken one comes after those that are alike, whatever the order in the explanation.
+    order = [shown.index(part) for part in (TITLES["alike"], second.uid, third.uid, TITLES["mistaken"], first.uid)]
+    assert order == sorted(order)
+    assert f"cosine {first.similarity:.3g} diameter mm 12.5" in shown
+    # A picture of each card, and that of the map of all.
+    assert page.count("<img ") == 4
+    read = mx.load_explanation(tmp_path / "page")
+    assert isinstance(read, mx.SimilarCases) and [case.role for case in read.cases] == ["mistaken", "alike", "alike"]
+    kept = read.cases[1].query_map
+    assert kept is not None and found.query_map is not None and torch.equal(kept, found.query_map)
+
+
+def test_the_page_of_a_traversal_says_where_the_answer_flips(caption: mx.Caption, tmp_path: Path) -> None:
+    steps = [
+        mx.Step(float(p), 1.0 - p, {"ill": 1 - 0.3 * p, "well": 0.3 * p}, {"diameter (mm)": 9 + p}, strange=p > 2)
+        for p in range(-1, 4)
+    ]
+    images = torch.linspace(-1000, 100, 5 * 24).reshape(5, 2, 3, 4)
+    cohort = (mx.Place("a<1>", "ill", 0, 0), mx.Place("b", "well", 1, 2))
+    path = np.stack([np.linspace(0, 1, 5)] * 2, 1)
+    told = mx.Traversal(caption.provenance, {}, steps, images, AFFINE, "by size", "It flips.", 3, cohort, path)
+    page = written(tmp_path / "page", mx.Volume(images[1][None], AFFINE), told)
+    shown = text(page)
+    assert "-1 +2 1.3 -0.3 8 " in shown and "+0 +1 1 0 9 this scan" in shown
+    assert "+2 -1 0.4 0.6 11 the answer flips" in shown and "+3 -2 0.1 0.9 12 strange" in shown
+    assert "<title>ill, a&lt;1&gt;</title>" in page and page.count("<circle") == 3
+    read = mx.load_explanation(tmp_path / "page")
+    assert isinstance(read, mx.Traversal) and read.steps == tuple(steps) and read.cohort == cohort
+    assert torch.allclose(read.images, images) and read.flipped == 3 and read.path is not None
+    assert np.allclose(read.path, path)
+
+
+def test_the_page_of_rules_marks_those_that_hold(chest: mx.Volume, caption: mx.Caption, tmp_path: Path) -> None:
+    conditions = (mx.Condition("diameter_mm", ">", 12.34, "mm"), mx.Condition("calcification", "<=", 0.5))
+    rule = mx.Rule(conditions, "malignant", 0.31, 0.94, 31, correctness_interval=(0.9, 0.97), truth=0.9, applies=True)
+    other = mx.Rule((), "benign", 0.69, 0.8, 69, scope="case")
+    told = mx.RuleSet(caption.provenance, {}, (rule, other), "By size.", {"diameter_mm": 15.0})
+    page = written(tmp_path / "page", chest, told)
+    said = (
+        "If diameter mm is more than 12.3 mm and calcification is at most 0.5: malignant (covers 31% of the cases; the "
+        "network says so in 94% of them (90% to 97%), their label in 90%)."
+    )
+    assert f"<li class=applies>{said}</li>" in page and page.count("<li class=applies>") == 1
+    assert "Otherwise: benign (covers 69% of the cases; the network says so in 80% of them)." in text(page)
+    read = mx.load_explanation(tmp_path / "page")
+    assert isinstance(read, mx.RuleSet) and read.rules == (rule, other) and read.values == {"diameter_mm": 15.0}

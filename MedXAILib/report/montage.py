@@ -7,12 +7,14 @@ viewer's left, anterior and superior are up, and the sagittal plane is seen from
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import SaliencyMap
@@ -143,7 +145,7 @@ def montage(
     views = [_through(view, focus) for view in _views(volume, centre, field / size, size)]
     planes = [view.sample(scan, np.nan) for view in views]
     low, high = window or _window(volume.data[channel].numpy(), np.stack(planes))
-    largest = _largest(saliency_map)
+    largest = _largest(saliency_map.data)
 
     shown = f"   channel {channel + 1} of {len(volume.data)}" if len(volume.data) > 1 else ""
     sheet = _Sheet(len(views), size)
@@ -168,6 +170,37 @@ def montage(
     sheet.colours(largest, saliency_map.signed)
     sheet.footer(outline is not None, len(volume.shape) == 3)
     return sheet.image
+
+
+@dataclass(frozen=True)
+class Look:
+    """How planes are drawn that are to be compared by eye: `field` mm wide, `window` black to white, `size` pixels."""
+
+    field: float
+    window: tuple[float, float]
+    size: int
+
+    @classmethod
+    def at(cls, volume: Volume, focus: Sequence[float], field: float, size: int = 240) -> Look:
+        """What suits the plane of `volume` through `focus`."""
+        view = _plane(volume, np.array(focus), field, size)
+        plane = view.sample(Volume(volume.data[:1], volume.affine).to_sitk(), np.nan)
+        return cls(field, _window(volume.data[0].numpy(), plane), size)
+
+    def draw(self, volume: Volume, focus: Sequence[float], heat: Tensor | None = None) -> Image.Image:
+        """The axial plane of `volume` (its first channel) through `focus` (RAS mm), and over it a map (1, D, H, W) on
+        the same grid."""
+        view = _plane(volume, np.array(focus), self.field, self.size)
+        scan = Volume(volume.data[:1], volume.affine)
+        pixels = _grey(view.sample(scan.to_sitk(), np.nan), *self.window)
+        if heat is not None:
+            values = view.sample(Volume(heat, volume.affine).to_sitk(), 0.0)
+            pixels = _overlay(pixels, values, _largest(heat), bool(heat.min() < 0))
+        return Image.fromarray(pixels)
+
+
+def _plane(volume: Volume, focus: np.ndarray, field: float, size: int) -> View:
+    return _views(volume, focus, field / size, size)[0]
 
 
 class _Sheet:
@@ -310,9 +343,9 @@ def _window(values: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
     return (float(low), float(high)) if high > low else (float(values.min()), float(values.max()))
 
 
-def _largest(saliency_map: SaliencyMap) -> float:
-    """The value that gets the last colour. A few stray voxels must not make the rest invisible."""
-    values = saliency_map.data.sum(0).abs().flatten().numpy()
+def _largest(data: Tensor) -> float:
+    """The value of a map (C, ...) that gets the last colour. A few stray voxels must not make the rest invisible."""
+    values = data.sum(0).abs().flatten().numpy()
     values = values[values > 0]
     return float(np.quantile(_some(values), 0.999)) if values.size else 1.0
 

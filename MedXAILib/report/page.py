@@ -92,16 +92,16 @@ def said(prediction: Prediction | None, label: str) -> str:
 
 def _picture(shown: Shown) -> str:
     made = shown.explanation.provenance
-    return picture(shown.picture, f"{title(made.method)} for {made.target_label}")
+    of = f"Planes through the peak of the map of {title(made.method)} for {made.target_label}"
+    return f"<figure>{image(shown.picture, of)}</figure>"
 
 
-def picture(image: Image.Image, of: str) -> str:
-    """The montage of a map, within the page."""
+def image(shown: Image.Image, of: str) -> str:
+    """A picture within the page; `of` is what it shows."""
     kept = io.BytesIO()
-    image.save(kept, "PNG", optimize=True)
+    shown.save(kept, "PNG", optimize=True)
     coded = base64.b64encode(kept.getvalue()).decode()
-    alt = escape(f"Planes through the peak of the map of {of}", quote=True)
-    return f'<figure><img alt="{alt}" src="data:image/png;base64,{coded}"></figure>'
+    return f'<img alt="{escape(of, quote=True)}" src="data:image/png;base64,{coded}">'
 
 
 def _meets(localisation: Localisation | None) -> str:

@@ -1,0 +1,80 @@
+"""What was told otherwise than with one map, for the terminal: texts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+
+from MedXAILib.caption import Caption
+from MedXAILib.concept_scores import ConceptScores
+from MedXAILib.explanation import Explanation
+from MedXAILib.plain_text import plain
+from MedXAILib.report.cases import TITLES
+from MedXAILib.rule_set import RuleSet
+from MedXAILib.similar_cases import SimilarCases
+from MedXAILib.traversal import Traversal
+
+
+def told(found: Explanation) -> Iterator[str | Table]:
+    """Its text, then what else there is."""
+    if isinstance(found, Caption | ConceptScores | SimilarCases | Traversal | RuleSet) and found.text:
+        yield found.text
+    if isinstance(found, ConceptScores):
+        yield _concepts(found)
+    elif isinstance(found, SimilarCases):
+        yield _cases(found)
+    elif isinstance(found, Traversal):
+        yield _steps(found)
+    elif isinstance(found, RuleSet):
+        for rule in found.rules:
+            yield f"{'→' if rule.applies else '-'} {rule.sentence}"
+
+
+def _concepts(found: ConceptScores) -> Table:
+    names = list(dict.fromkeys(name for concept in found.concepts for name in concept.numbers))
+    layered = len({concept.layer for concept in found.concepts}) > 1
+    table = _table("concept", *["layer"] * layered, "in this scan", found.scored, *names)
+    for concept in found.concepts:
+        value = "" if concept.value is None else f"{concept.value:.3g} {concept.unit}"
+        interval = "" if concept.interval is None else f" ± {concept.interval:.2f}"
+        score = concept.refused if concept.score is None else f"{concept.score:+.2f}{interval}"
+        cells = [concept.name, *[concept.layer] * layered, value, score]
+        _row(table, *cells, *(_number(concept.numbers.get(name)) for name in names))
+    return table
+
+
+def _cases(found: SimilarCases) -> Table:
+    names = list(dict.fromkeys(name for case in found.cases for name in case.numbers))
+    table = _table("why shown", "case", "label", found.scored, *(name.replace("_", " ") for name in names))
+    last = None
+    for case in sorted(found.cases, key=lambda case: list(TITLES).index(case.role)):
+        why = "" if case.role == last else TITLES[case.role]
+        numbers = (_number(case.numbers.get(name)) for name in names)
+        _row(table, why, case.uid, case.label, f"{case.similarity:.3f}", *numbers)
+        last = case.role
+    return table
+
+
+def _steps(found: Traversal) -> Table:
+    scores = list(dict.fromkeys(name for step in found.steps for name in step.scores))
+    names = list(dict.fromkeys(name for step in found.steps for name in step.numbers))
+    table = _table("step", *scores, *names, "")
+    for i, step in enumerate(found.steps):
+        numbers = [step.scores.get(name) for name in scores] + [step.numbers.get(name) for name in names]
+        remarks = ["this scan"] * (i == found.here) + ["the answer flips"] * (i == found.flipped)
+        _row(table, f"{step.position:+.2g}", *map(_number, numbers), ", ".join(remarks + ["strange"] * step.strange))
+    return table
+
+
+def _table(*heads: str) -> Table:
+    return Table(*map(plain, heads), box=box.SIMPLE)
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*map(plain, cells))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
