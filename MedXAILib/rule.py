@@ -25,7 +25,8 @@ class Condition:
     def phrase(self) -> str:
         """The condition as a person says it."""
         than = "more than" if self.relation == ">" else "at most"
-        return f"{self.feature.replace('_', ' ')} is {than} {self.threshold:.3g} {self.unit}".rstrip()
+        name = self.feature.removesuffix(f"_{self.unit}").replace("_", " ")
+        return f"{name} is {than} {self.threshold:.3g} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)

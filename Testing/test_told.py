@@ -166,7 +166,7 @@ def test_the_page_of_rules_marks_those_that_hold(chest: mx.Volume, caption: mx.C
     told = mx.RuleSet(caption.provenance, {}, (rule, other), "By size.", {"diameter_mm": 15.0})
     page = written(tmp_path / "page", chest, told)
     said = (
-        "If diameter mm is more than 12.3 mm and calcification is at most 0.5: malignant (covers 31% of the cases; the "
+        "If diameter is more than 12.3 mm and calcification is at most 0.5: malignant (covers 31% of the cases; the "
         "network says so in 94% of them (90% to 97%), their label in 90%)."
     )
     assert f"<li class=applies>{said}</li>" in page and page.count("<li class=applies>") == 1

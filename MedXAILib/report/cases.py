@@ -56,11 +56,9 @@ def of_cases(volume: Volume, told: SimilarCases) -> Sheet:
 
 def _card(volume: Volume, told: SimilarCases, case: Case, focus: Sequence[float], look: Look) -> str:
     seen = told.query_map if case.query_map is None else case.query_map
-    at = _peak(volume, seen, focus)
-    shown = [look.draw(volume, at, seen)]
+    shown = [look.draw(volume, _through(focus, _peak(volume, seen)), seen)]
     if case.volume is not None:
-        place = _middle(case.volume) if case.place is None else case.place
-        shown.append(look.draw(case.volume, place, case.map))
+        shown.append(look.draw(case.volume, _through(_middle(case.volume), case.place), case.map))
     rows = [(told.scored, case.similarity), *case.numbers.items()]
     cells = "".join(
         f"<tr><th>{escape(name.replace('_', ' '))}</th><td class=number>{value:.3g}</td></tr>" for name, value in rows
@@ -87,11 +85,13 @@ def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:
     return list(focus), max(float(field), _SMALLEST_FIELD_MM)
 
 
-def _peak(volume: Volume, values: Tensor | None, otherwise: Sequence[float]) -> Sequence[float]:
-    """The plane to show: that of the map's peak, about the same middle."""
-    if values is None or len(otherwise) < 3 or not bool((values > 0).any()):
-        return otherwise
-    return [*otherwise[:2], float(volume.to_point(highest(values[0]))[2])]
+def _peak(volume: Volume, values: Tensor | None) -> Sequence[float] | None:
+    return None if values is None or not bool(values.max() > 0) else volume.to_point(highest(values[0]))
+
+
+def _through(middle: Sequence[float], place: Sequence[float] | None) -> Sequence[float]:
+    """`middle` in the axial plane of `place` (RAS mm)."""
+    return middle if place is None else [*middle[:2], *place[2:]]
 
 
 def _middle(volume: Volume) -> list[float]:
