@@ -86,7 +86,7 @@ def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:
 
 
 def _peak(volume: Volume, values: Tensor | None) -> Sequence[float] | None:
-    return None if values is None or not bool(values.max() > 0) else volume.to_point(highest(values[0]))
+    return None if values is None or not bool(values.max() > 0) else volume.to_point(highest(values[0])).tolist()
 
 
 def _through(middle: Sequence[float], place: Sequence[float] | None) -> Sequence[float]:
