@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from MedXAILib.cases.gradient_space import Gradient
 from MedXAILib.cases.space import Places, Space
 from MedXAILib.engines.capture import Captured, capture, suggest_layer
 from MedXAILib.engines.receptive_field import Following, geometry_of
@@ -100,7 +101,7 @@ class Saliency(Pooled):
         return Places(found.cpu().double() * weights, taken[layer])
 
 
-SPACES: dict[str, Space] = {space.name: space for space in (Plain(), Saliency())}
+SPACES: dict[str, Space] = {space.name: space for space in (Plain(), Saliency(), Gradient())}
 
 
 def space(name: str) -> Space:
