@@ -14,6 +14,7 @@ import slicer_scene  # noqa: E402
 from slicer_scene import SliceView, SpaceView, oblique_node  # noqa: E402
 
 from MedXAILib.explanation import Provenance, SaliencyMap  # noqa: E402
+from MedXAILib.hotspots import SHARES  # noqa: E402
 from MedXAILib.report import montage  # noqa: E402
 from MedXAISlicerLib import answers, colours, display, geometry, hotspots, mrml, results  # noqa: E402
 
@@ -88,7 +89,7 @@ def test_map_of_nothing_is_shown(app):
         display.show(made)
         assert made.GetDisplayNode().GetWindowLevelMax() == 1
         spots = results.part(made, "HotSpots").GetSegmentation()
-        assert spots.GetNumberOfSegments() == len(hotspots.SHARES)
+        assert spots.GetNumberOfSegments() == len(SHARES)
 
 
 def test_colours_are_made_once_for_a_scene(app):
@@ -146,7 +147,7 @@ def test_hot_spots_are_nested_and_hold_their_share(app):
         slicer.util.arrayFromSegmentBinaryLabelmap(node, i, made) > 0 for i in node.GetSegmentation().GetSegmentIDs()
     ]
     total = array[array > 0].sum(dtype=float)
-    for mask, share in zip(masks, hotspots.SHARES, strict=True):
+    for mask, share in zip(masks, SHARES, strict=True):
         held = array[mask].sum(dtype=float)
         assert held >= share * total
         assert array[mask & (array > array[mask].min())].sum(dtype=float) < share * total
@@ -170,7 +171,7 @@ def test_statistics_are_in_millilitres_of_the_scene(app):
     hotspots.addHotSpots(made)
     statistics = results.part(made, "Statistics")
     held = [(t, array[array >= t].sum(dtype=float) / array.sum(dtype=float)) for t in np.unique(array[array > 0])]
-    lowest = [max(t for t, share in held if share >= wanted) for wanted in hotspots.SHARES]
+    lowest = [max(t for t, share in held if share >= wanted) for wanted in SHARES]
     column = lambda name: slicer.util.arrayFromTableColumn(statistics, name)  # noqa: E731
     np.testing.assert_allclose(column("Volume (mL)"), [2 * 0.7 * 1.3 * 2.5 * (array >= t).sum() / 1000 for t in lowest])
     np.testing.assert_allclose(column("Mean"), [array[array >= t].mean() for t in lowest], rtol=1e-6)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from MedXAISlicerLib import display, hotspots
+from MedXAILib.hotspots import find
+from MedXAISlicerLib import display
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Answer:
 
     @property
     def kind(self):
-        """SaliencyMap, Caption, ConceptScores or SimilarCases."""
+        """SaliencyMap, Caption, ConceptScores, SimilarCases, Traversal or RuleSet."""
         return self.manifest["kind"]
 
     @property
@@ -57,7 +58,7 @@ class Answer:
     @cached_property
     def hotSpots(self):
         """The hot spots of a saliency map."""
-        return hotspots.find(self.map)
+        return find(self.map)
 
 
 def read(folder):
@@ -76,7 +77,7 @@ def read(folder):
         raise MedXAIError(f"'{folder}' holds no explanation (explanation.json is missing): choose the folder it is in.")
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
-        files = [*said["files"], *said.get("intervals", [])]
+        files = [*said.get("files", []), *said.get("intervals", [])]
         images = {name: _image(sitk.ReadImage(str(folder / name))) for name in files}
         said["kind"], said["provenance"]["method"], said["residual"]
         beside = folder / "trust.json"

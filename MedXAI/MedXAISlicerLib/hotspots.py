@@ -1,18 +1,12 @@
-"""Hot spots: the voxels that hold most of what speaks for the target, as nested segments with their statistics."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
+"""Hot spots of a map in the scene, as nested segments with their statistics."""
 
 import numpy as np
 import slicer
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk
 
+from MedXAILib.hotspots import find
 from MedXAISlicerLib import geometry, results
-
-SHARES = (0.5, 0.25, 0.1)
-"""The parts of all positive values together that the hot spots hold."""
 
 # From the largest to the smallest; unlike the colours of maps, so that the outlines are seen on them.
 _OUTER, _INNER = np.array([90, 255, 170]) / 255, np.array([255, 255, 255]) / 255
@@ -22,54 +16,6 @@ _OUTER, _INNER = np.array([90, 255, 170]) / 255, np.array([255, 255, 255]) / 255
 _LARGEST_SURFACE = 20_000
 
 _COLUMNS = ("Volume (mL)", "Mean", "Maximum", "Threshold")
-
-
-@dataclass(frozen=True)
-class HotSpot:
-    """The smallest set of voxels that holds `share` of the positive values: those of at least `threshold`.
-
-    `mask` is the box around them, whose first voxel is `corner` (k, j, i).
-    """
-
-    share: float
-    threshold: float
-    corner: tuple[int, int, int]
-    mask: np.ndarray
-    voxels: int
-    mean: float
-    maximum: float
-
-
-def find(array, shares=SHARES):
-    """The hot spots of an array (D, H, W), on any thread. One without positive values has empty ones."""
-    places = np.nonzero(array > 0)
-    values = array[places]
-    falling = np.sort(values)[::-1]
-    held = np.cumsum(falling, dtype=np.float64)
-    found = []
-    for share in shares:
-        if not values.size:
-            found.append(HotSpot(share, np.inf, (0, 0, 0), np.zeros((0, 0, 0), bool), 0, 0.0, 0.0))
-            continue
-        threshold = falling[np.searchsorted(held, share * held[-1])]
-        inside = values >= threshold
-        where = np.stack([axis[inside] for axis in places])
-        corner = where.min(axis=1)
-        mask = np.zeros(where.max(axis=1) + 1 - corner, bool)
-        mask[tuple(where - corner[:, None])] = True
-        in_it = values[inside]
-        found.append(
-            HotSpot(
-                share,
-                float(threshold),
-                tuple(corner.tolist()),
-                mask,
-                in_it.size,
-                float(in_it.mean(dtype=np.float64)),
-                float(in_it.max()),
-            )
-        )
-    return found
 
 
 def addHotSpots(mapNode, found=None):
