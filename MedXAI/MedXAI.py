@@ -63,6 +63,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from MedXAISlicerLib.panels.result import ResultPanel
         from MedXAISlicerLib.panels.settings import SettingsPanel
         from MedXAISlicerLib.panels.trust import TrustPanel
+        from MedXAISlicerLib.panels.variants import VariantsPanel
         from MedXAISlicerLib.panels.words import WordsPanel
 
         self.logic = MedXAILogic()
@@ -76,7 +77,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.explainCollapsibleButton.layout().addWidget(self.explainPanel.widget)
         self.settingsPanel = SettingsPanel(self.logic, onChanged=self._showStatus)
         self.ui.settingsCollapsibleButton.layout().addWidget(self.settingsPanel.widget)
-        self.panels = [kind(self.logic) for kind in (ResultPanel, WordsPanel, CasesPanel, TrustPanel)]
+        self.panels = [kind(self.logic) for kind in (ResultPanel, WordsPanel, CasesPanel, VariantsPanel, TrustPanel)]
         for panel in self.panels:
             self.ui.panelsTabWidget.addTab(panel.widget, panel.title)
         self.ui.installButton.connect("clicked(bool)", self._install)

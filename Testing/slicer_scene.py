@@ -31,6 +31,7 @@ _LOGICS = {
     "markups": ("vtkSlicerMarkupsLogic", "Markups"),
     "tables": ("vtkSlicerTablesLogic", "Tables"),
     "texts": ("vtkSlicerTextsLogic", "Texts"),
+    "sequences": ("vtkSlicerSequencesLogic", "Sequences"),
 }
 _IN_SLICES = ("vtkMRMLModelSliceDisplayableManager", "vtkMRMLSegmentationsDisplayableManager2D")
 _IN_SPACE = (

@@ -16,7 +16,7 @@ slicer = pytest.importorskip("slicer")
 import slicer_scene  # noqa: E402
 from slicer_scene import SliceView  # noqa: E402
 from test_display import MADE  # noqa: E402
-from test_words_and_cases import VOXEL, add_caption, add_cases, add_scan, blob  # noqa: E402
+from test_words_and_cases import VOXEL, add_caption, add_cases, add_scan, blob, case_affine  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.errors import MedXAIError  # noqa: E402
@@ -129,6 +129,87 @@ def test_cases_are_beside_the_scan(app):
     (width,) = {seen["width"] for column in columns for seen in column}
     extents = [np.ptp(cases.bounds(found[i]["volume"]), axis=1).max() for i in (0, 3)]
     assert width == pytest.approx(max(extents))
+
+
+def with_queries(number):
+    """Cases, of which the first ones have each a map of the scan; gives where these are strongest, (d, h, w)."""
+    scan, affine, _ = add_scan()
+    at = [(2 + i, 3 + 2 * i, 4 + 3 * i) for i in range(number)]
+    found = []
+    for i in range(4):
+        volume = mx.Volume(torch.tensor(blob((3, 4, 5), (6, 8, 10)))[None], case_affine(i))
+        query = torch.tensor(blob(at[i]))[None] if i < number else None
+        role = ("alike", "mistaken", "unlike", "alike")[i]
+        place = tuple(volume.to_point((2, 3, 4)).tolist())
+        found.append(mx.Case(f"c{i}", "benign", 0.9 - i / 10, place=place, volume=volume, role=role, query_map=query))
+    similar = mx.SimilarCases(MADE, {}, tuple(found), torch.tensor(blob(VOXEL))[None], affine)
+    return scan, cases.addCases(scan, answers.of(similar)), similar, at
+
+
+def test_each_case_is_below_the_scan_with_what_is_like_it(app):
+    scan, node, _, at = with_queries(2)
+    layouts.compareCases(node, [0, 1, 3])
+    columns = shown(app.layout)
+    found = cases.cases(node)
+    assert len(columns) == 3 and all(len(column) == 2 for column in columns)
+    for column, index, label in zip(
+        columns, (0, 1, 3), ("benign 0.90", "benign 0.80, network wrong", "benign 0.60"), strict=True
+    ):
+        above, below = column
+        peak = at[index] if index < 2 else VOXEL
+        assert (above["label"], above["background"]) == ("This scan", scan.GetName())
+        assert above["foreground"] == found[index]["query_map"].GetName()
+        np.testing.assert_allclose(above["at"], (geometry.ijkToWorld(scan) @ (*peak[::-1], 1))[:3], atol=1e-5)
+        assert (below["label"], below["background"]) == (label, found[index]["volume"].GetName())
+        np.testing.assert_allclose(below["at"], found[index]["place"], atol=1e-5)
+        assert above["orientation"] == below["orientation"] == "Axial"
+    # The case without a map of its own has that of all.
+    assert found[3]["query_map"] is results.maps(node)[0]
+
+
+def test_one_case_is_beside_the_scan_with_what_is_like_it(app):
+    scan, node, _, at = with_queries(2)
+    layouts.compareCases(node, [1])
+    own, _ = shown(app.layout)
+    assert [seen["orientation"] for seen in own] == ["Axial", "Coronal"]
+    assert own[0]["foreground"] == cases.cases(node)[1]["query_map"].GetName()
+    np.testing.assert_allclose(own[0]["at"], (geometry.ijkToWorld(scan) @ (*at[1][::-1], 1))[:3], atol=1e-5)
+
+
+def test_map_for_a_case_is_kept_where_it_is_something(app):
+    """The box that is kept lies where it did in the map of the whole scan."""
+    scan, node, similar, _ = with_queries(3)
+    for case, given in zip(cases.cases(node)[:3], similar.cases, strict=False):
+        kept, whole = slicer.util.arrayFromVolume(case["query_map"]), given.query_map[0].numpy()
+        assert kept.size < whole.size / 2 and kept.sum() == pytest.approx(whole.sum())
+        to_scan = np.linalg.inv(geometry.ijkToWorld(scan)) @ geometry.ijkToWorld(case["query_map"])
+        np.testing.assert_allclose(to_scan[:3, :3], np.eye(3), atol=1e-9)
+        i, j, k = to_scan[:3, 3].round().astype(int)
+        d, h, w = kept.shape
+        np.testing.assert_array_equal(whole[k : k + d, j : j + h, i : i + w], kept)
+
+
+def window(node):
+    shown = node.GetDisplayNode()
+    return shown.GetWindowLevelMin(), shown.GetWindowLevelMax()
+
+
+def test_window_of_one_image_is_that_of_all(app):
+    scan, node, *_ = add_cases()
+    compared = [scan, *(cases.cases(node)[i]["volume"] for i in (0, 2))]
+    # Since they were added somebody has changed it.
+    scan.GetDisplayNode().SetWindowLevelMinMax(-5, 7)
+    layouts.compareCases(node, [0, 2])
+    assert [window(one) for one in compared] == [(-5, 7)] * 3
+    for changed, (low, high) in zip(compared, [(0.1, 0.7), (-1350, 150), (2, 2.3)], strict=True):
+        changed.GetDisplayNode().SetWindowLevelMinMax(low, high)
+        for one in compared:
+            assert window(one) == pytest.approx((low, high))
+    assert window(cases.cases(node)[3]["volume"]) == (-2, 3)
+    assert window(results.maps(node)[0])[0] == 0
+    layouts.leave()
+    scan.GetDisplayNode().SetWindowLevelMinMax(0, 1)
+    assert window(compared[1]) == pytest.approx((2, 2.3))
 
 
 def test_slices_of_one_case_move_without_the_others(app):

@@ -113,8 +113,8 @@ def test_cards_show_the_cases_by_similarity(panel, node, answer):
     for card, case in zip(cards(panel), known, strict=True):
         assert case["uid"] in card.toolTip() and case["source"] in card.toolTip()
         assert "not a probability" in card.toolTip()
-    assert panel.ui.summaryLabel.text == "The 6 most similar cases: 4 malignant, 2 benign."
-    assert panel.ui.dissimilarLabel.isHidden()
+    assert panel.ui.summaryLabel.text == "6 cases: 4 malignant, 2 benign."
+    assert panel.ui.textLabel.isHidden()
     assert panel.ui.emptyLabel.isHidden()
 
 
@@ -209,11 +209,115 @@ def test_button_follows_the_layout_that_a_person_chooses(host, panel, node, layo
     assert not panel.ui.showBesideButton.checked
 
 
-def test_dissimilar_cases_are_warned_about(panel, scan, answer):
-    panel.show(cases.addCases(scan, changed(answer, {"similarity": 0.49}, {"similarity": 0.1})))
-    assert not panel.ui.dissimilarLabel.isHidden()
-    panel.show(cases.addCases(scan, changed(answer, {"similarity": 0.5}, {"similarity": 0.1})))
-    assert panel.ui.dissimilarLabel.isHidden()
+def test_what_the_method_says_of_them_is_above_the_cards(panel, scan, answer):
+    said = "Nothing near: no case is as similar as cases of one class usually are."
+    told = replace(answer, manifest={**answer.manifest, "text": said})
+    panel.show(cases.addCases(scan, told))
+    assert panel.ui.textLabel.text == said and not panel.ui.textLabel.isHidden()
+    assert panel.ui.textLabel.font.bold()
+    panel.show(cases.addCases(scan, replace(told, manifest={**told.manifest, "cases": []})))
+    assert panel.ui.emptyLabel.text == said and not panel.ui.emptyLabel.isHidden()
+    assert panel.ui.casesWidget.isHidden()
+
+
+ROLES = [
+    {"role": "harmful", "similarity": -0.5, "numbers": {"diameter_mm": 9.0}},
+    {"role": "alike", "similarity": 0.5, "numbers": {"diameter_mm": 12.34, "points": 2.0, "third": 3.0}},
+    {"role": "mistaken", "similarity": 0.8, "note": "It says benign, the label is <malignant>."},
+    {"role": "alike", "similarity": 0.9, "numbers": {"diameter_mm": 20.0}},
+    {"role": "harmful", "similarity": -2.5},
+    {"role": "unlike", "similarity": 123.0},
+]
+
+
+def rows(panel):
+    """The first line of each card and heading that is seen."""
+    return [card.text().split("\n")[0] for card in cards(panel) if not card.isHidden()]
+
+
+@pytest.fixture
+def of_roles(panel, scan, answer):
+    answer = replace(answer, manifest={**changed(answer, *ROLES).manifest, "scored": "influence on the logit"})
+    node = cases.addCases(scan, answer)
+    panel.show(node)
+    return node
+
+
+def test_cards_are_grouped_by_why_they_are_shown(panel, of_roles, answer):
+    labels = [case["label"] for case in answer.manifest["cases"]]
+    expected = {
+        "The network says the same of these": [3, 1],
+        "The network says otherwise of these": [5],
+        "The network is wrong about these": [2],
+        # The most harmful one first.
+        "Learning from these speaks against the answer": [4, 0],
+    }
+    listed = [line for title, indices in expected.items() for line in (title, *(labels[i] for i in indices))]
+    assert rows(panel) == listed
+    texts = [card.text().split("\n") for card in cards(panel)]
+    assert texts[2][1:] == ["Influence on the logit 0.50", "diameter 12.3 mm", "points 2"]
+    assert texts[4][1] == "Influence on the logit 123"
+    tip = cards(panel)[2].toolTip()
+    assert "third 3" in tip and "says the same" in tip
+    assert "It says benign, the label is &lt;malignant&gt;." in cards(panel)[6].toolTip()
+
+
+def test_heading_cannot_be_chosen_and_has_its_own_row(host, panel, of_roles):
+    assert chosen(panel) == [1]
+    click(host, panel, 0)
+    assert chosen(panel) == [1]
+    tops = [panel.ui.casesList.visualItemRect(card).top() for card in cards(panel)]
+    assert tops[0] < tops[1] == tops[2] < tops[3] < tops[4] < tops[5] < tops[6] < tops[7] < tops[8] == tops[9]
+
+
+def choose(selector, text):
+    index = selector.findText(text)
+    assert index >= 0, text
+    selector.setCurrentIndex(index)
+
+
+def test_cases_are_filtered_by_role_label_and_number(host, panel, of_roles, answer):
+    ui, labels = panel.ui, [case["label"] for case in answer.manifest["cases"]]
+    everything = rows(panel)
+    choose(ui.roleSelector, "The network is wrong about these")
+    assert rows(panel) == ["The network is wrong about these", labels[2]]
+    # What cannot be seen is not chosen any more.
+    assert chosen(panel) == [] and not ui.showBesideButton.enabled
+    choose(ui.roleSelector, "Any reason")
+    assert rows(panel) == everything
+    choose(ui.labelSelector, "benign")
+    assert [labels[i] for i in (4, 5)] == ["benign", "benign"]
+    assert rows(panel) == [
+        "The network says otherwise of these",
+        "benign",
+        "Learning from these speaks against the answer",
+        "benign",
+    ]
+    choose(ui.labelSelector, "Any label")
+    assert ui.numberRangeWidget.isHidden()
+    choose(ui.numberSelector, "diameter mm")
+    assert (ui.numberRangeWidget.minimum, ui.numberRangeWidget.maximum) == (9.0, 20.0)
+    seen = [i for i, card in zip(panel._indices, cards(panel), strict=True) if i is not None and not card.isHidden()]
+    assert seen == [3, 1, 0]
+    ui.numberRangeWidget.setValues(10, 13)
+    seen = [i for i, card in zip(panel._indices, cards(panel), strict=True) if i is not None and not card.isHidden()]
+    assert seen == [1]
+    choose(ui.numberSelector, "Any number")
+    assert rows(panel) == everything and ui.numberRangeWidget.isHidden()
+
+
+def test_filtered_case_leaves_the_comparison(host, panel, of_roles, answer):
+    click(host, panel, 6)
+    panel.ui.showBesideButton.click()
+    assert len(beside()) == 3
+    choose(panel.ui.roleSelector, "The network is wrong about these")
+    assert beside() == sorted(["Chest CT", f"malignant {answer.manifest['cases'][2]['uid']}"])
+
+
+def test_where_there_is_nothing_to_tell_apart_there_is_no_filter(panel, node):
+    panel.show(node)
+    assert panel.ui.roleSelector.isHidden() and panel.ui.numberSelector.isHidden()
+    assert not panel.ui.labelSelector.isHidden()
 
 
 def test_markup_in_a_label_is_shown_as_it_is(panel, scan, answer):

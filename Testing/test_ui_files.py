@@ -39,6 +39,7 @@ SUFFIXES = {
     "ctkCollapsibleButton": ("Button",),
     "ctkDirectoryButton": ("Button",),
     "ctkPathLineEdit": ("LineEdit",),
+    "ctkRangeWidget": ("RangeWidget",),
     "ctkSliderWidget": ("Slider", "SliderWidget"),
     "qMRMLNodeComboBox": ("Selector",),
     "qMRMLSegmentSelectorWidget": ("Selector",),

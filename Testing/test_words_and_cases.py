@@ -237,7 +237,7 @@ def test_thumbnail_shows_the_case_with_anterior_up_and_its_map(app):
     assert not coloured[anterior].any() and not coloured[posterior, left].any()
     # Away from its plane nothing is seen.
     kept = json.loads(node.GetAttribute("MedXAI.Cases"))
-    kept[0]["place"][2] = 7
+    kept["cases"][0]["place"][2] = 7
     node.SetAttribute("MedXAI.Cases", json.dumps(kept))
     assert cases.thumbnail(node, 0, 80).max() == 0
 
@@ -337,7 +337,7 @@ def test_summary_says_what_is_to_be_known(app):
 def test_saved_scene_brings_it_back(tmp_path: Path, add):
     def said(node):
         rows = captions.words(node) if results.kind(node) == "Caption" else cases.cases(node)
-        volumes = [row.pop(key, None) for row in rows for key in ("map", "volume")]
+        volumes = [row.pop(key, None) for row in rows for key in ("map", "volume", "query_map")]
         places = [row.pop("place") or (0, 0, 0) for row in rows]
         return {
             "rows": rows,

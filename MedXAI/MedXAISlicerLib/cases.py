@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import slicer
@@ -11,14 +12,30 @@ from vtk.util.numpy_support import vtk_to_numpy
 
 from MedXAISlicerLib import captions, display, geometry, results
 
+ROLES = {
+    "alike": "",
+    "unlike": "said otherwise",
+    "mistaken": "network wrong",
+    "helpful": "speaks for",
+    "harmful": "speaks against",
+    "prototype": "prototype",
+}
+"""Why a case is shown, in the order in which they are, in a word or two; nothing of the usual one."""
+
 
 def addCases(volumeNode, answer):
     """Add cases similar to a volume to the scene: a table of them, their volumes and maps, and a summary.
 
     Returns the table node.
     """
+    *_, tableNode = addingCases(volumeNode, answer)
+    return tableNode
+
+
+def addingCases(volumeNode, answer):
+    """The same in steps: a generator of the table node."""
     said = answer.manifest
-    columns = {"Case": "uid", "Label": "label", "Similarity": "similarity"}
+    columns = {"Case": "uid", "Label": "label", said["scored"].capitalize(): "similarity", "Role": "role"}
     tableNode = results.addTable(
         results.safeName(f"{volumeNode.GetName()} similar cases"),
         {title: [case[name] for case in said["cases"]] for title, name in columns.items()},
@@ -26,13 +43,17 @@ def addCases(volumeNode, answer):
     results.describe(tableNode, answer)
     results.setPart(tableNode, "Source", volumeNode)
     images = [answer.images[file] for file in said["files"]]
+    query = None
     if said["query_map"] is not None:
-        captions.addMap(
+        query = captions.addMap(
             tableNode, "Map", volumeNode, images[said["query_map"]][0], f"{volumeNode.GetName()} likeness to the cases"
         )
     kept = []
+    _keep(tableNode, said, kept)
     for case in said["cases"]:
-        indices = {"volume": None, "map": None}
+        indices = {"volume": None, "map": None, "query_map": query}
+        if case["query_map"] is not None:
+            indices["query_map"] = _addQueryMap(tableNode, volumeNode, images[case["query_map"]][0], case["uid"])
         if case["volume"] is not None:
             caseNode = _addVolume(volumeNode, *images[case["volume"]], f"{case['label']} {case['uid']}")
             indices["volume"] = results.addPart(tableNode, "CaseVolume", caseNode)
@@ -41,22 +62,30 @@ def addCases(volumeNode, answer):
                     tableNode, "CaseMap", caseNode, images[case["map"]][0], f"{caseNode.GetName()} map"
                 )
         kept.append({**case, **indices})
-    tableNode.SetAttribute("MedXAI.Cases", json.dumps(kept))
+        _keep(tableNode, said, kept)
+        yield tableNode
     results.addSummary(tableNode, about(tableNode))
     results.fileBesideSource(tableNode)
-    return tableNode
+    yield tableNode
+
+
+def read(node):
+    """What is known, as in the attribute MedXAI.Cases: `text`, what their similarity is called (`scored`), and the
+    `cases`, in the order in which they were found. Of each the nodes of its volume, its map, and the map of the scan
+    for this case are there (None without), and its place in RAS mm of the scene."""
+    said = json.loads(node.GetAttribute("MedXAI.Cases"))
+    volumes, maps, queries = (results.parts(node, name) for name in ("CaseVolume", "CaseMap", "Map"))
+    found = []
+    for case in said["cases"]:
+        volume = volumes.get(case["volume"])
+        nodes = {"volume": volume, "map": maps.get(case["map"]), "query_map": queries.get(case["query_map"])}
+        found.append({**case, **nodes, "place": captions.inScene(case["place"], volume)})
+    return {**said, "cases": found}
 
 
 def cases(node):
-    """The cases, most similar first as they were found, as in the attribute MedXAI.Cases, but with the nodes of their
-    volume and map (None without) and the place in RAS mm of the scene."""
-    volumes, maps = results.parts(node, "CaseVolume"), results.parts(node, "CaseMap")
-    found = []
-    for case in json.loads(node.GetAttribute("MedXAI.Cases")):
-        volume = volumes.get(case["volume"])
-        place = captions.inScene(case["place"], volume)
-        found.append({**case, "volume": volume, "map": maps.get(case["map"]), "place": place})
-    return found
+    """The cases of `read`."""
+    return read(node)["cases"]
 
 
 def middle(case):
@@ -92,10 +121,18 @@ def thumbnail(node, index, size=96):
 
 def about(node):
     """Which cases are similar, in lines."""
-    return [
-        "Cases that look alike to the network",
-        *(f"{i}. {c['label']}, similarity {c['similarity']:.2f}: {c['uid']}" for i, c in enumerate(cases(node), 1)),
-    ]
+    said = read(node)
+    lines = [said["text"] or "Cases that look alike to the network"]
+    for i, case in enumerate(said["cases"], 1):
+        role = f", {ROLES[case['role']]}" if ROLES[case["role"]] else ""
+        lines.append(f"{i}. {case['label']}, {said['scored']} {case['similarity']:.2f}{role}: {case['uid']}")
+    return lines
+
+
+def amount(name, value):
+    """A number that is known of a case in words: 12.3 of "diameter_mm" is "diameter 12.3 mm"."""
+    words, unit = re.fullmatch(r"(.*?)(?:[ _]\(?(mm|mL|HU|%)\)?)?", name).groups()
+    return " ".join(filter(None, [words.replace("_", " "), f"{value:.3g}", unit]))
 
 
 def _plane(volumeNode, case, size, outside):
@@ -128,6 +165,22 @@ def _coloured(values, displayNode):
     colours = np.array([table.GetTableValue(i) for i in range(count)])
     position = (values - low) / max(high - low, 1e-12) * count
     return colours[np.clip(position, 0, count - 1).astype(int)]
+
+
+def _keep(tableNode, said, kept):
+    tableNode.SetAttribute("MedXAI.Cases", json.dumps({"scored": said["scored"], "text": said["text"], "cases": kept}))
+
+
+def _addQueryMap(tableNode, volumeNode, array, uid):
+    """Add where in the scan the likeness to one case lies, in a box about it: as many maps of whole scans would fill
+    the memory. Returns its index among the maps."""
+    where = np.argwhere(array)
+    low, high = (where.min(0), where.max(0) + 1) if len(where) else (np.zeros(3, int), np.ones(3, int))
+    box = array[tuple(map(slice, low, high))]
+    index = captions.addMap(tableNode, "Map", volumeNode, box, f"{volumeNode.GetName()} likeness to {uid}")
+    corner = geometry.ijkToRas(volumeNode) @ (*low[::-1], 1)
+    results.parts(tableNode, "Map")[index].SetOrigin(corner[:3])
+    return index
 
 
 def _addVolume(volumeNode, array, affine, title):

@@ -140,7 +140,8 @@ def addLegend(mapNode):
     legendNode = slicer.modules.colors.logic().AddDefaultColorLegendDisplayNode(mapNode)
     signed = results.isSigned(mapNode)
     partial = " (partial)" if results.isPartial(mapNode) else ""
-    legendNode.SetTitleText(("For / against" if signed else "Importance") + partial)
+    title = mapNode.GetAttribute("MedXAI.Meaning") or ("For / against" if signed else "Importance")
+    legendNode.SetTitleText(title + partial)
     legendNode.SetNumberOfLabels(3)
     legendNode.SetLabelFormat("%.2g")
     legendNode.SetSize(0.12, 0.4)
@@ -238,17 +239,21 @@ def setVisible(mapNode, visible):
     _showCloud(mapNode, visible and hasCloud(mapNode))
 
 
-def sequence(volumeNodes, names, title):
-    """Add copies of volumes on one grid as a series that can be played, in this order.
+def sequence(volumeNodes, names, title, browserNode=None):
+    """Add copies of volumes on one grid as a series that can be played, in this order; in step with what `browserNode`
+    plays already, if there is one.
 
-    Returns its browser node and the volume that changes as it is played, with the place and the display of the first.
+    Returns the browser node and the volume that changes as it is played, with the place and the display of the first.
     """
     sequenceNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", title)
     sequenceNode.SetIndexType(sequenceNode.TextIndex)
     for name, volumeNode in zip(names, volumeNodes, strict=True):
         sequenceNode.SetDataNodeAtValue(volumeNode, name)
-    browserNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", title)
-    browserNode.SetAndObserveMasterSequenceNodeID(sequenceNode.GetID())
+    if browserNode is None:
+        browserNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", title)
+        browserNode.SetAndObserveMasterSequenceNodeID(sequenceNode.GetID())
+    else:
+        browserNode.AddSynchronizedSequenceNode(sequenceNode)
     playedNode = browserNode.GetProxyNode(sequenceNode)
     playedNode.SetAndObserveTransformNodeID(volumeNodes[0].GetTransformNodeID())
     playedNode.CreateDefaultDisplayNodes()

@@ -1,4 +1,4 @@
-"""Comparisons: two maps of one scan, or a scan and cases like it, side by side in slice views of their own.
+"""Comparisons: two maps of one scan, a scan and cases like it, or a scan and its variants, in slice views of their own.
 
 A scene keeps its views and what they show, but not the description of a layout: what is compared is kept at the layout
 node, from which `restore` makes the description again.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import captions, cases, display, geometry, results
+from MedXAISlicerLib import captions, cases, display, geometry, results, windows
 
 MOST_CASES = 4
 
-_LAYOUTS = {"maps": 4710, "cases": 4711}
-_PLANES = {"maps": ("Axial", "Coronal", "Sagittal"), "cases": ("Axial", "Coronal")}
+_LAYOUTS = {"maps": 4710, "cases": 4711, "variants": 4712}
 # As Slicer's own views of these planes have them.
 _COLOURS = {
     "Axial": slicer.vtkMRMLSliceNode.GetRedColor(),
@@ -35,10 +35,15 @@ _KEPT_OUT = "MedXAI.KeptOut"
 _GROUP = 71
 
 
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """What the views above one another show."""
+_windows = windows.LinkedWindows()
 
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What one view shows, in which plane; those of one `group` are linked."""
+
+    tag: str
+    plane: str
     label: str
     group: int
     volume: object
@@ -66,6 +71,9 @@ def compareMaps(first, second):
 def compareCases(node, indices):
     """Show a scan and some of the cases similar to it, each in a column of views that move by themselves.
 
+    Where maps of the scan say for each case what in the scan is like it, several cases are each below the scan with the
+    map for this case.
+
     Raises:
         MedXAIError: for no case, more than `MOST_CASES`, or one without an image.
     """
@@ -83,6 +91,20 @@ def compareCases(node, indices):
     _begin("cases", [node], indices)
 
 
+def showVariants(node):
+    """Show a scan, the variant of it that is played, and what was changed in that, in linked views.
+
+    Raises:
+        MedXAIError: when the scan or the series is not in the scene any more.
+    """
+    from MedXAILib.errors import MedXAIError
+
+    for name in ("Source", "Variant"):
+        if results.part(node, name) is None:
+            raise MedXAIError(f"The {name.lower()} of '{node.GetName()}' is not in the scene any more: ask again.")
+    _begin("variants", [node], [])
+
+
 def leave():
     """Go back to the layout that was there before a comparison."""
     layoutNode = _layoutNode()
@@ -91,6 +113,7 @@ def leave():
     layoutNode.SetViewArrangement(_before(layoutNode))
     layoutNode.RemoveAttribute(_COMPARISON)
     layoutNode.RemoveNodeReferenceIDs(_COMPARED)
+    _windows.link([])
     _letIn()
 
 
@@ -114,7 +137,7 @@ def restore():
 
 
 def current():
-    """Which comparison is on the screen: maps, cases, or None."""
+    """Which comparison is on the screen: maps, cases, variants, or None."""
     layoutNode = _layoutNode()
     comparison = _comparison(layoutNode)
     if comparison is None or layoutNode.GetViewArrangement() != _LAYOUTS[comparison["kind"]]:
@@ -162,53 +185,55 @@ def _begin(kind, nodes, indices):
         layoutNode.AddNodeReferenceID(_COMPARED, node.GetID())
     opacity = display.currentOpacity()
     views = _fill(layoutNode)
-    _keepApart(kind, views)
-    for column, plane, sliceNode, compositeNode in views:
-        sliceNode.SetOrientation(plane)
-        sliceNode.SetLayoutColor(_COLOURS[plane])
+    _keepApart(kind, [view for view, *_ in views], [sliceNode for _, sliceNode, _ in views])
+    for view, sliceNode, compositeNode in views:
+        sliceNode.SetOrientation(view.plane)
+        sliceNode.SetLayoutColor(_COLOURS[view.plane])
         width, height, _ = sliceNode.GetDimensions()
-        pixel = column.width / min(width, height)
+        pixel = view.width / min(width, height)
         sliceNode.SetFieldOfView(width * pixel, height * pixel, sliceNode.GetFieldOfView()[2])
-        sliceNode.JumpSliceByCentering(*column.place)
+        sliceNode.JumpSliceByCentering(*view.place)
         compositeNode.SetForegroundOpacity(opacity)
-        compositeNode.SetLinkedControl(kind == "maps")
-        compositeNode.SetHotLinkedControl(kind == "maps")
+        compositeNode.SetLinkedControl(kind != "cases")
+        compositeNode.SetHotLinkedControl(kind != "cases")
 
 
 def _fill(layoutNode):
     """Have the views of the comparison, with what belongs into each; they stay where they are.
 
-    Returns (column, plane, slice node, composite node) of each.
+    Returns (view, slice node, composite node) of each.
     """
     comparison = _comparison(layoutNode)
     kind = comparison["kind"]
-    columns = _columns(kind, _compared(layoutNode), comparison["indices"])
-    tags = [[f"MedXAI{kind.title()}{i + 1}{plane}" for plane in _PLANES[kind]] for i in range(len(columns))]
+    columns = _COLUMNS[kind](_compared(layoutNode), comparison["indices"])
     # The application makes its views now; what is in them is known only afterwards.
-    _apply(layoutNode, _LAYOUTS[kind], _description(tags))
+    _apply(layoutNode, _LAYOUTS[kind], _description(columns))
     views = []
-    for column, tagsOfColumn in zip(columns, tags, strict=True):
-        for tag, plane in zip(tagsOfColumn, _PLANES[kind], strict=True):
-            sliceNode, compositeNode = _view("vtkMRMLSliceNode", tag), _view("vtkMRMLSliceCompositeNode", tag)
-            sliceNode.SetLayoutLabel(column.label)
-            # A scene saves only whether there is a group: after loading all would be in the same.
-            sliceNode.SetViewGroup(column.group)
-            compositeNode.SetBackgroundVolumeID(column.volume.GetID())
-            compositeNode.SetForegroundVolumeID(column.map.GetID() if column.map else None)
-            views.append((column, plane, sliceNode, compositeNode))
+    for view in chain(*columns):
+        sliceNode, compositeNode = (
+            _node(of_view, view.tag) for of_view in ("vtkMRMLSliceNode", "vtkMRMLSliceCompositeNode")
+        )
+        sliceNode.SetLayoutLabel(view.label)
+        # A scene saves only whether there is a group: after loading all would be in the same.
+        sliceNode.SetViewGroup(view.group)
+        compositeNode.SetBackgroundVolumeID(view.volume.GetID())
+        compositeNode.SetForegroundVolumeID(view.map.GetID() if view.map else None)
+        views.append((view, sliceNode, compositeNode))
+    _windows.link(dict.fromkeys(view.volume for view, *_ in views))
     return views
 
 
-def _keepApart(kind, views):
+def _keepApart(kind, views, sliceNodes):
     """Keep what was drawn in the scan out of the views of other cases, the hot spots of a map out of the other's."""
     _letIn()
-    for own in {column for column, *_ in views}:
-        others = [sliceNode for column, _, sliceNode, _ in views if column is not own]
-        if kind == "maps":
-            spots = results.part(own.map, "HotSpots")
+    if kind == "maps":
+        for own in dict.fromkeys(view.map for view in views):
+            spots = results.part(own, "HotSpots")
+            others = [node for view, node in zip(views, sliceNodes, strict=True) if view.map is not own]
             _keepOut([] if spots is None else [spots.GetDisplayNode()], others)
-        elif own is views[0][0]:
-            _keepOut(_placed(), others)
+    elif kind == "cases":
+        scan = views[0].volume
+        _keepOut(_placed(), [node for view, node in zip(views, sliceNodes, strict=True) if view.volume is not scan])
 
 
 def _keepOut(displayNodes, sliceNodes):
@@ -231,30 +256,67 @@ def _placed():
     return [node for kind in _PLACED for node in slicer.util.getNodesByClass(kind)]
 
 
-def _columns(kind, nodes, indices):
-    if kind == "maps":
-        scan = results.part(nodes[0], "Source")
-        return [_Column(_label(node), _GROUP, scan, node, geometry.peak(nodes[0]), _width(scan)) for node in nodes]
+def _column(kind, number, planes, *shown):
+    """A column of views on the same, in several planes."""
+    return [_View(f"MedXAI{kind.title()}{number}{plane}", plane, *shown) for plane in planes]
+
+
+def _mapColumns(nodes, _indices):
+    scan = results.part(nodes[0], "Source")
+    place, width = geometry.peak(nodes[0]), _width(scan)
+    planes = ("Axial", "Coronal", "Sagittal")
+    return [
+        _column("maps", i, planes, _label(node), _GROUP, scan, node, place, width) for i, node in enumerate(nodes, 1)
+    ]
+
+
+def _caseColumns(nodes, indices):
     (node,) = nodes
     scan, found = results.part(node, "Source"), cases.cases(node)
     chosen = [found[i] for i in indices if found[i]["volume"] is not None]
     # One scale for all: sizes are compared by eye.
     width = max((_width(case["volume"]) for case in chosen), default=_width(scan))
-    query = next(iter(results.maps(node)), None)
-    return [
-        _Column("This scan", _GROUP, scan, query, _placeOfQuery(node, scan, query), width),
-        *(
-            _Column(
-                results.safeText(f"{case['label']} {case['similarity']:.2f}"),
-                _GROUP + 1 + i,
-                case["volume"],
-                case["map"],
-                cases.middle(case),
-                width,
-            )
-            for i, case in enumerate(chosen)
-        ),
+
+    def ofScan(query):
+        return "This scan", _GROUP, scan, query, _placeOfQuery(node, scan, query), width
+
+    def ofCase(case, number):
+        return _labelOf(case), _GROUP + number, case["volume"], case["map"], cases.middle(case), width
+
+    queries = [case["query_map"] for case in chosen]
+    if len(set(queries)) > 1:
+        return [
+            [
+                _View(f"MedXAICases{number}Scan", "Axial", *ofScan(case["query_map"])),
+                _View(f"MedXAICases{number}Axial", "Axial", *ofCase(case, number)),
+            ]
+            for number, case in enumerate(chosen, 1)
+        ]
+    planes = ("Axial", "Coronal")
+    columns = [_column("cases", 1, planes, *ofScan(next(iter(queries), None)))]
+    return columns + [
+        _column("cases", number + 1, planes, *ofCase(case, number)) for number, case in enumerate(chosen, 1)
     ]
+
+
+def _variantColumns(nodes, _indices):
+    (node,) = nodes
+    scan, variant = (results.part(node, name) for name in ("Source", "Variant"))
+    change = next(iter(results.maps(node)), None)
+    place, width = cases.bounds(variant).mean(axis=1).tolist(), _width(variant)
+    shown = {"This scan": (scan, None), "Variant": (variant, None), "What is changed": (variant, change)}
+    return [
+        _column("variants", number, ("Axial", "Coronal"), label, _GROUP, *layers, place, width)
+        for number, (label, layers) in enumerate(shown.items(), 1)
+    ]
+
+
+_COLUMNS = {"maps": _mapColumns, "cases": _caseColumns, "variants": _variantColumns}
+
+
+def _labelOf(case):
+    role = f", {cases.ROLES[case['role']]}" if cases.ROLES[case["role"]] else ""
+    return results.safeText(f"{case['label']} {case['similarity']:.2f}{role}")
 
 
 def _label(mapNode):
@@ -274,14 +336,14 @@ def _width(volumeNode):
     return float(np.ptp(cases.bounds(volumeNode), axis=1).max())
 
 
-def _description(tags):
+def _description(columns):
     """The layout as Slicer describes it: columns of views."""
     view = '<item><view class="vtkMRMLSliceNode" singletontag="{}"/></item>'
-    columns = (
-        f'<item><layout type="vertical">{"".join(view.format(tag) for tag in column)}</layout></item>'
-        for column in tags
+    described = (
+        f'<item><layout type="vertical">{"".join(view.format(one.tag) for one in column)}</layout></item>'
+        for column in columns
     )
-    return f'<layout type="horizontal" split="true">{"".join(columns)}</layout>'
+    return f'<layout type="horizontal" split="true">{"".join(described)}</layout>'
 
 
 def _apply(layoutNode, layout, description):
@@ -292,7 +354,7 @@ def _apply(layoutNode, layout, description):
     layoutNode.SetViewArrangement(layout)
 
 
-def _view(kind, tag):
+def _node(kind, tag):
     """The slice or composite node of a view; without the application nobody else makes them."""
     node = slicer.mrmlScene.GetSingletonNode(tag, kind)
     if node is None:

@@ -9,7 +9,20 @@ from __future__ import annotations
 import numpy as np
 import slicer
 
-from MedXAISlicerLib import answers, captions, cases, concepts, deleting, display, geometry, hotspots, regions, results
+from MedXAISlicerLib import (
+    answers,
+    captions,
+    cases,
+    concepts,
+    deleting,
+    display,
+    geometry,
+    hotspots,
+    regions,
+    results,
+    rules,
+    traversals,
+)
 
 # Grids whose voxels are nowhere further apart than this are one, mm.
 _SAME_PLACE = 1e-3
@@ -221,5 +234,7 @@ _STEPS = {
     "SaliencyMap": _addingSaliency,
     "Caption": lambda volumeNode, answer: [captions.addCaption(volumeNode, answer)],
     "ConceptScores": concepts.addingConcepts,
-    "SimilarCases": lambda volumeNode, answer: [cases.addCases(volumeNode, answer)],
+    "SimilarCases": cases.addingCases,
+    "Traversal": traversals.addingTraversal,
+    "RuleSet": lambda volumeNode, answer: [rules.addRules(volumeNode, answer)],
 }

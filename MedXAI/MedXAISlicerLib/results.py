@@ -1,7 +1,8 @@
 """What an explanation is in the scene: one node of its kind, and what belongs to it, found from it by reference.
 
-A saliency map is a volume node, a caption a text node, concepts and similar cases are table nodes. Everything is nodes,
-attributes and references, so that a saved scene brings explanations back as they were.
+A saliency map is a volume node, a caption a text node; concepts, similar cases, rules and the variants of a traversal
+are table nodes. Everything is nodes, attributes and references, so that a saved scene brings explanations back as they
+were.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from datetime import datetime
 import slicer
 import vtk
 
-PARTS = ("Summary", "HotSpots", "Statistics", "Channels", "Interval")
+PARTS = ("Summary", "HotSpots", "Statistics", "Channels", "Interval", "Browser", "Variant")
 
-_SEVERAL = ("Map", "CaseVolume", "CaseMap")
+_SEVERAL = ("Map", "CaseVolume", "CaseMap", "Sequence")
 _CLASSES = ("vtkMRMLScalarVolumeNode", "vtkMRMLTextNode", "vtkMRMLTableNode")
 FOLDER = "MedXAI.Explanation"
 """The attribute of the folders that explanations are in."""
@@ -46,7 +47,7 @@ def describe(node, answer):
 
 
 def kind(node):
-    """SaliencyMap, Caption, ConceptScores or SimilarCases."""
+    """SaliencyMap, Caption, ConceptScores, SimilarCases, Traversal or RuleSet."""
     return node.GetAttribute("MedXAI.Kind")
 
 

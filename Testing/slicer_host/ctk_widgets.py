@@ -149,6 +149,37 @@ class ctkSliderWidget(qt.QWidget):
     tracking = qt.Property(bool, lambda self: True, lambda self, value: None)
 
 
+class ctkRangeWidget(qt.QWidget):
+    """Two number boxes for the ends of a range; the slider between them is left out."""
+
+    valuesChanged = qt.Signal(float, float)
+
+    def __init__(self, parent=None):
+        super().__init__(parent)
+        layout = qt.QHBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        self._low, self._high = qt.QDoubleSpinBox(), qt.QDoubleSpinBox()
+        for box in (self._low, self._high):
+            layout.addWidget(box, 1)
+            box.valueChanged.connect(lambda _value: self.valuesChanged.emit(self._low.value, self._high.value))
+
+    def setRange(self, low, high):
+        for box in (self._low, self._high):
+            box.setRange(low, high)
+
+    def setValues(self, low, high):
+        self._low.value, self._high.value = low, high
+
+    minimum = qt.Property(float, lambda self: self._low.minimum)
+    maximum = qt.Property(float, lambda self: self._low.maximum)
+    minimumValue = qt.Property(
+        float, lambda self: self._low.value, lambda self, value: setattr(self._low, "value", value)
+    )
+    maximumValue = qt.Property(
+        float, lambda self: self._high.value, lambda self, value: setattr(self._high, "value", value)
+    )
+
+
 class ctkPathLineEdit(qt.QWidget):
     """A path to type or to choose."""
 
@@ -243,6 +274,13 @@ def _find(name):
 
 ctk = types.ModuleType("ctk")
 ctk.__getattr__ = _find
-widgets = (ctkCollapsibleButton, ctkCollapsibleGroupBox, ctkSliderWidget, ctkPathLineEdit, ctkComboBox)
+widgets = (
+    ctkCollapsibleButton,
+    ctkCollapsibleGroupBox,
+    ctkSliderWidget,
+    ctkRangeWidget,
+    ctkPathLineEdit,
+    ctkComboBox,
+)
 for _kind in (*widgets, ctkMessageBox):
     setattr(ctk, _kind.__name__, _kind)

@@ -17,7 +17,7 @@ _ANSWERS = {
     "Caption": _("In words: a caption"),
     "ConceptScores": _("In words: concepts"),
     "SimilarCases": _("By example: similar cases"),
-    "Traversal": _("By example: if it looked otherwise"),
+    "Traversal": _("By example: variants of the scan"),
     "RuleSet": _("In words: rules"),
 }
 

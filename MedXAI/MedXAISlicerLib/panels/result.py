@@ -61,6 +61,8 @@ class ResultPanel(Panel):
             "Caption": _("This explanation is in words: see the tab Words."),
             "ConceptScores": _("This explanation is by concepts: see the tab Words."),
             "SimilarCases": _("This explanation is by similar cases: see the tab Cases."),
+            "Traversal": _("This explanation is by variants of the scan: see the tab Variants."),
+            "RuleSet": _("This explanation is by rules: see the tab Words."),
         }.get(kind, "")
         isMap = kind == "SaliencyMap"
         self.ui.emptyLabel.visible = not isMap

@@ -1,4 +1,4 @@
-"""What an explanation says in words: a caption or concepts that lead into the scan, or the summary of a map."""
+"""What an explanation says in words: a caption or concepts that lead into the scan, rules, or the summary of a map."""
 
 from html import escape
 
@@ -10,6 +10,7 @@ from MedXAISlicerLib import display, results
 from MedXAISlicerLib.panels.caption_text import CaptionText
 from MedXAISlicerLib.panels.concept_table import ConceptTable
 from MedXAISlicerLib.panels.panel import Panel
+from MedXAISlicerLib.panels.rule_text import RuleText
 from MedXAISlicerLib.panels.what_if import WhatIf
 
 # How high a text is, pixels; what is longer is scrolled.
@@ -108,7 +109,7 @@ class _Summary:
 
 def _said(node):
     """What there is to read of an explanation; None when there is nothing."""
-    kinds = {"Caption": CaptionText, "ConceptScores": ConceptTable}
+    kinds = {"Caption": CaptionText, "ConceptScores": ConceptTable, "RuleSet": RuleText}
     if node is not None and results.kind(node) in kinds:
         return kinds[results.kind(node)](node)
     summary = None if node is None else results.part(node, "Summary")
