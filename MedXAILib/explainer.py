@@ -195,6 +195,11 @@ class Teller(Technique):
     bare: ClassVar[Mapping[str, Any]] = {}
     """Parameters with which it says the same without what takes long: maps, and checks of them."""
 
+    @classmethod
+    def asked_again(cls, told: Explanation) -> Mapping[str, Any]:
+        """Parameters, besides those of `told`, with which another network is asked the same."""
+        return cls.bare
+
     @abstractmethod
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         """Answer `question`, of one target for the one sample that the network sees of `volume`.

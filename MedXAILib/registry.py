@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.example_based.capsules import Capsules
 from MedXAILib.explainer import Technique
+from MedXAILib.example_based.similar_cases import SimilarCaseSearch
 from MedXAILib.textual.captioning import Captioning
 from MedXAILib.textual.rcv import RCV
 from MedXAILib.textual.semantic import Semantic
@@ -81,6 +83,8 @@ EXPLAINERS: dict[str, type[Technique]] = {
         TCAV,
         RCV,
         Semantic,
+        Capsules,
+        SimilarCaseSearch,
     )
 }
 

@@ -185,7 +185,9 @@ def _tell(
     batch = _Batch.of(volume, model)
     if batch.batched:
         raise MedXAIError(f"{teller.title} is of one scan at a time: ask about each scan of the batch.")
-    targets = [as_target(t, model) for t in wanted]
+    # What is like a scan is asked of no other scan.
+    default = "itself" if model.task == "embedding" and teller.kind == "SimilarCases" else None
+    targets = [as_target(default if t is None else t, model) for t in wanted]
     (scan,) = batch.volumes
     with model.ready(run.device) as device, run.measured(device):
         run.step(0, 1, "Preprocessing")

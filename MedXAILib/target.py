@@ -171,13 +171,16 @@ class SegmentationTarget(Target):
 
 @dataclass(frozen=True)
 class EmbeddingTarget(Target):
-    """How alike (cosine) the network's embedding, or that of `layer`, is to a reference: a vector, or another scan."""
+    """How alike (cosine) the network's embedding, or that of `layer`, is to a reference: a vector, another scan, or
+    "itself", which it is to itself as long as nothing changes."""
 
     reference: Any = None
 
     def bind(self, model: Model, output: Tensor, seen: Sequence[Prepared]) -> Bound:
         if self.reference is None:
             raise MedXAIError("An embedding is explained against another case: EmbeddingTarget(reference=that scan).")
+        if isinstance(self.reference, str):
+            return self._itself(output)
         reference = self.reference
         if isinstance(reference, Volume):
             with torch.no_grad():
@@ -194,6 +197,16 @@ class EmbeddingTarget(Target):
             lambda output: functional.cosine_similarity(output.flatten(1), reference[None]),
             "similarity to the reference",
         )
+
+    def _itself(self, output: Tensor) -> Bound:
+        if self.reference != "itself":
+            raise unknown("reference", self.reference, ("itself",))
+        own = output.detach().flatten(1)
+
+        def value(output: Tensor) -> Tensor:
+            return functional.cosine_similarity(output.flatten(1), _tiled(own, len(output)))
+
+        return Bound(self, value, "the scan itself")
 
 
 @dataclass(frozen=True)
@@ -280,7 +293,7 @@ def as_target(target: Target | str | int | None, model: Model) -> Target:
     if model.task == "regression":
         return RegressionTarget(*given)
     if model.task == "embedding":
-        return EmbeddingTarget()
+        return EmbeddingTarget(*given)
     if model.task == "captioning":
         return CaptionTarget(*given)
     return ClassTarget(*given)

@@ -146,9 +146,9 @@ def test_what_moves_with_the_scan_is_found_out_and_what_does_not_stays() -> None
 
 def test_similarity_is_of_the_metric() -> None:
     one, other = np.array([[3.0, 4.0]]), np.array([[8.0, 6.0], [0.0, 0.0]])
-    assert retrieval.similarities(Voxels(), one, other).tolist() == [[0.96, 0.0]]
+    assert Voxels().similarity(one, other).tolist() == [[0.96, 0.0]]
 
     class Dot(Voxels):
         metric = "dot"
 
-    assert retrieval.similarities(Dot(), one, other).tolist() == [[48.0, 0.0]]
+    assert Dot().similarity(one, other).tolist() == [[48.0, 0.0]]

@@ -12,6 +12,8 @@ from MedXAILib.errors import MedXAIError
 
 NAMES = ("uid", "patient", "label", "said")
 """What every case has, as text; no key of its meta may be called so."""
+SCAN = "scan"
+"""The key of the meta under which the fingerprint of a case's scan is, by which the very same scan is known again."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,12 @@ class Space(ABC):
         Raises:
             MedXAIError: when the network has no such space, or the labels are missing.
         """
+
+    def similarity(self, vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(Q, N), of each of `vectors` (Q, K) with each of `others` (N, K), by the metric of this space."""
+        if self.metric == "cosine":
+            vectors, others = (v / np.maximum(np.linalg.norm(v, axis=1)[:, None], 1e-30) for v in (vectors, others))
+        return np.asarray(vectors @ others.T)
 
 
 @dataclass(frozen=True, eq=False)

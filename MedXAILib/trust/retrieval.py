@@ -143,11 +143,5 @@ def consistency(
 
 
 def _nearest(space: Space, model: Model, x: Tensor, library: np.ndarray, k: int) -> np.ndarray:
-    return np.argsort(-similarities(space, space.embed(model, x).numpy(), library), axis=1, kind="stable")[:, :k]
-
-
-def similarities(space: Space, vectors: np.ndarray, library: np.ndarray) -> np.ndarray:
-    """(Q, N), of vectors (Q, K) with those of a library (N, K), by the metric of their space."""
-    if space.metric == "cosine":
-        vectors, library = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (vectors, library))
-    return np.asarray(vectors @ library.T)
+    similarity = space.similarity(space.embed(model, x).numpy(), library)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]

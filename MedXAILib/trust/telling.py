@@ -16,7 +16,7 @@ import numpy as np
 from MedXAILib.caption import Caption
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Question
+from MedXAILib.explainer import Question, Teller
 from MedXAILib.explanation import Explanation
 from MedXAILib.model import Model
 from MedXAILib.registry import methods
@@ -36,13 +36,15 @@ _GOOD, _FAIR = 0.5, 0.8
 _FEWEST = 3
 _FEW = f"Nothing can be said: it takes {_FEWEST} concepts that differ in what they mean to the network."
 
+_NONE = "Nothing can be said: no case was found."
+
 
 def judge(
     told: Explanation, model: Model, volume: Volume, run: Run | None = None, given: Mapping[str, Any] | None = None
 ) -> Finding:
     """How alike (see `likeness`) an explanation stays when the upper third of the layers is re-drawn: the mean of
     three draws. `given` has those of its parameters that were in memory, of which its provenance has but the
-    fingerprint. There is no verdict on fewer than three concepts, or on concepts that all count the same.
+    fingerprint. There is no verdict on fewer than three concepts, on concepts that all count the same, or on no case.
 
     Raises:
         MedXAIError: when `model` or `volume` is not the one that was explained, or the network cannot be re-drawn.
@@ -52,10 +54,14 @@ def judge(
     check_explained(made, model, volume)
     if isinstance(told, ConceptScores) and (len(_scores(told)) < _FEWEST or len({*_scores(told).values()}) < 2):
         return Finding("randomisation", TITLE, _FEW, None, {})
+    if isinstance(told, SimilarCases) and not told.cases:
+        return Finding("randomisation", TITLE, _NONE, None, {})
     target = from_spec(made.target)
     # What a caption says is to be found again.
     anew = replace(target, caption=None) if isinstance(target, CaptionTarget) else target
-    asked = {**made.parameters, **(given or {}), **getattr(methods()[made.method], "bare", {})}
+    technique = methods()[made.method]
+    assert issubclass(technique, Teller)
+    asked = {**made.parameters, **(given or {}), **technique.asked_again(told)}
     with model.ready(run.device) as device, model.keeping_last():
         seen = model.prepare(volume, made.region)
         question = Question(model, seen.x[None].to(device, model.dtype), [seen], [target], run)

@@ -1,0 +1,192 @@
+"""What is near a scan in a library: by what the network says, and whether anything is near at all."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from MedXAILib.cases.record import NAMES, SCAN, Hit, Record
+from MedXAILib.cases.space import Space
+from MedXAILib.errors import MedXAIError
+from MedXAILib.similar_cases import Role
+
+FAR = 0.01
+"""Nothing is near a scan whose nearest case is less similar to it than those of all but this share of the cases are to
+theirs."""
+FIRST = 100
+"""Cases among which those with the most similar regions are looked for."""
+
+# So many cases tell how near cases are to each other.
+_SAMPLE = 1000
+_RANGE = re.compile(r"(-?[\d.]+(?:e[+-]?\d+)?)?\.\.(-?[\d.]+(?:e[+-]?\d+)?)?")
+
+
+class Searched(Protocol):
+    """What can be searched as a `Library` can."""
+
+    def search(
+        self, vector: np.ndarray, k: int, space: str, where: Any, not_patient: str | None, embedder: str | None
+    ) -> list[Hit]:
+        """The `k` cases of which `where` holds that are most similar to `vector`."""
+
+
+@dataclass(frozen=True)
+class Few:
+    """A few cases in memory, to be searched as a library is, by what is known and was said of them."""
+
+    cases: Sequence[Record]
+    space: Space
+
+    def search(
+        self, vector: np.ndarray, k: int, space: str, where: Any, not_patient: str | None, embedder: str | None
+    ) -> list[Hit]:
+        """As `Library.search`."""
+        held = [r for r in self.cases if all(getattr(r, name) in values for name, values in where.items())]
+        if not held:
+            return []
+        similarity = self.space.similarity(vector[None], np.stack([record.vectors[space] for record in held]))[0]
+        hits = [Hit(record, float(s)) for record, s in zip(held, similarity, strict=True)]
+        return sorted(hits, key=lambda hit: (-hit.similarity, hit.record.uid))[:k]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A scan to find the like of: its `vector` (K,) by `embedder`, what the network `says` of it ("" when it names
+    nothing), whose it is, and the fingerprint of the `scan`. With `regions` (R, K) the nearest are ordered by
+    late interaction; `where` is what must hold of all (see `conditions`)."""
+
+    vector: np.ndarray
+    says: str
+    embedder: str
+    patient: str = ""
+    scan: str = ""
+    regions: np.ndarray | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Those of the cases `known` that are near a scan. `matrix` (N, K) are their vectors in `space`, in their order."""
+
+    query: Query
+    cases: Searched
+    known: Sequence[Record]
+    matrix: np.ndarray
+    space: Space
+
+    def roles(self, count: int, unlike: int, mistaken: int) -> list[tuple[Role, Hit]]:
+        """The `count` nearest cases of which the network says the same, the nearest `unlike` of which it says
+        otherwise, and the nearest `mistaken` others about which it is wrong. Where it names nothing, the nearest are
+        alike, and unlike are those of another label than most of them."""
+        says, labels, answers = self.query.says, self._values("label"), self._values("said")
+        alike = self.hits({"said": {says}} if says else {}, count)
+        if says:
+            otherwise = self.hits({"said": answers - {says}}, unlike)
+        else:
+            most = Counter(hit.record.label for hit in alike if hit.record.label).most_common(1)
+            otherwise = self.hits({"label": labels - {most[0][0]}}, unlike) if most else []
+        found: list[tuple[Role, Hit]] = [*(("alike", hit) for hit in alike), *(("unlike", hit) for hit in otherwise)]
+        shown = {hit.record.uid for _, hit in found}
+        # What is known of a case may be no answer of the network at all.
+        wrong = [
+            hit
+            for answer in sorted(answers)
+            for hit in self.hits({"said": {answer}, "label": (labels & answers) - {answer}}, mistaken + len(shown))
+            if hit.record.uid not in shown
+        ]
+        wrong.sort(key=lambda hit: (-hit.similarity, hit.record.uid))
+        return [*found, *(("mistaken", hit) for hit in wrong[:mistaken])]
+
+    def hits(self, wanted: Mapping[str, set[Any]], count: int) -> list[Hit]:
+        """The `count` nearest cases of which the filters and what is `wanted` hold, but none of the scan itself."""
+        asked = self.query
+        shared = asked.where.keys() & wanted.keys()
+        where = {**asked.where, **wanted, **{name: asked.where[name] & wanted[name] for name in shared}}
+        if not count or any(value == set() for value in where.values()):
+            return []
+        ask = max(count, FIRST) if asked.regions is not None else count
+        while True:
+            every = self.cases.search(asked.vector, ask, self.space.name, where, asked.patient or None, asked.embedder)
+            found = [hit for hit in every if not self.itself(hit)]
+            if len(every) < ask or len(found) >= count:
+                break
+            ask *= 2
+        if (regions := asked.regions) is not None:
+            found.sort(key=lambda hit: -late_interaction(regions, hit.record.regions))
+        return found[:count]
+
+    def itself(self, hit: Hit) -> bool:
+        """Whether a case is of the scan itself: the same file, or the same to the network."""
+        vector, other = self.query.vector, hit.record.vectors[self.space.name]
+        same = np.allclose(vector, other, rtol=0, atol=1e-5 * float(np.abs(vector).max()))
+        return same or hit.record.meta.get(SCAN) == self.query.scan
+
+    @cached_property
+    def usual(self) -> np.ndarray:
+        """How similar cases are to their nearest of another patient (of any, where all are of one), the least first:
+        of all, or of a thousand drawn from them."""
+        patients = np.array([record.patient for record in self.known])
+        count = len(patients)
+        if count < 2:
+            return np.zeros(0)
+        drawn = np.sort(np.random.default_rng(0).permutation(count)[:_SAMPLE])
+        similarity = self.space.similarity(self.matrix[drawn], self.matrix)
+        same = patients[drawn, None] == patients if len(set(patients)) > 1 else drawn[:, None] == np.arange(count)
+        return np.sort(np.where(same, -np.inf, similarity).max(1))
+
+    def percentile(self, similarity: float) -> float:
+        """Of how many in a hundred cases the nearest is less similar to them than `similarity`."""
+        return float(100 * np.mean(self.usual < similarity)) if len(self.usual) else 0.0
+
+    @property
+    def least(self) -> float:
+        """The similarity of what is barely near."""
+        return float(np.quantile(self.usual, FAR)) if len(self.usual) else -np.inf
+
+    def _values(self, name: str) -> set[str]:
+        return {getattr(record, name) for record in self.known} - {""}
+
+
+def late_interaction(regions: np.ndarray, others: np.ndarray | None) -> float:
+    """How similar the quarter of `regions` (R, K) in which most was found are to the nearest of the regions `others`
+    (S, K): the mean of their cosines (Khattab and Zaharia, "ColBERT", 2020); -1 where there are none."""
+    if others is None or not len(others):
+        return -1.0
+    a, b = (np.asarray(part, dtype=np.float64) for part in (regions, others))
+    length = np.linalg.norm(a, axis=1)
+    most = np.argsort(-length, kind="stable")[: -(-len(a) // 4)]
+    a, b = a[most] / np.maximum(length[most, None], 1e-30), b / np.maximum(np.linalg.norm(b, axis=1)[:, None], 1e-30)
+    return float((a @ b.T).max(1).mean())
+
+
+def conditions(texts: Sequence[str]) -> dict[str, Any]:
+    """Filters such as "diameter_mm=10..20", "diameter_mm=..8" and "label=benign|malignant", as a library takes them.
+
+    Raises:
+        MedXAIError: for what is no filter.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        ends = _RANGE.fullmatch(value)
+        if not (name and equals and value) or (ends and (name in NAMES or ends.groups() == (None, None))):
+            raise MedXAIError(f"'{text}' is no filter: write name=value, name=one|other, or name=10..20 for numbers.")
+        if ends:
+            low, high = (None if end is None else float(end) for end in ends.groups())
+            found[name] = (low, high)
+        else:
+            found[name] = {part if name in NAMES else _value(part) for part in map(str.strip, value.split("|"))}
+    return found
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
