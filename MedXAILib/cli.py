@@ -347,6 +347,24 @@ def evaluate(
 
 
 @app.command()
+def export(
+    explanation: Annotated[Path, typer.Argument(help="The folder of an explanation.", show_default=False)],
+    series: Annotated[
+        Path, typer.Argument(help="The folder of the DICOM series that was explained.", show_default=False)
+    ],
+    out: _Out = Path("medxai-dicom"),
+) -> None:
+    """Write an explanation as DICOM: Parametric Maps, Segmentations of hot spots, and a Structured Report."""
+    with _busy("Writing DICOM objects"):
+        from MedXAILib.explanation import load_explanation
+        from MedXAILib.export.dicom import write_dicom
+        from MedXAILib.trust.card import load_card
+
+        written = write_dicom(load_explanation(explanation), series, out, load_card(explanation))
+    typer.echo(f"Written to {visible(str(out))}: {', '.join(file.name for file in written)}")
+
+
+@app.command()
 def train(
     name: Annotated[
         str | None, typer.Argument(help="What to train. Without, what there is to train.", show_default=False)
