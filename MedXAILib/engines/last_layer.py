@@ -16,7 +16,34 @@ from scipy.special import log_softmax, softmax  # type: ignore[import-untyped]
 
 Link = Literal["softmax", "identity"]
 
+LARGEST = 4096
+"""Weights of a last layer whose Hessian is inverted; of more, features are brought to their principal components."""
+
 _STEPS, _PRECISE = 100, 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Features (N, F) of one size: centred, and in units of their spread, which is kept for those that never change. Of
+    more than `most` features only so many principal components."""
+
+    middle: np.ndarray
+    axes: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, most: int) -> Scaling:
+        """That of `features` (N, F)."""
+        middle, spread = features.mean(0, dtype=float), features.std(0, dtype=float)
+        spread = np.where(spread > 1e-9 * max(float(spread.max()), 1e-30), spread, 1.0)
+        axes = np.diag(1 / spread)
+        if features.shape[1] > most:
+            scaled = (features - middle) / spread
+            axes = axes @ np.linalg.eigh(scaled.T @ scaled)[1][:, ::-1][:, :most]
+        return cls(middle, axes)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(N, F) -> (N, G)."""
+        return (features - self.middle) @ self.axes
 
 
 @dataclass(frozen=True, eq=False)

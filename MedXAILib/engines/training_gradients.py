@@ -89,7 +89,7 @@ def answer(model: Model, label: str, outputs: int) -> float | None:
             return float(label)
         except ValueError:
             return None
-    names = list(model.classes(outputs))
+    names = [model.class_name(k, outputs) for k in range(max(2, outputs))]
     return float(names.index(label)) if label in names else None
 
 

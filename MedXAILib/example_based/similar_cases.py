@@ -20,12 +20,13 @@ from torch import Tensor
 from MedXAILib.cases.library import Library
 from MedXAILib.cases.nearest import FAR, Few, Nearest, Query, conditions
 from MedXAILib.cases.record import Hit, Record
+from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Places
 from MedXAILib.cases.spaces import Plain, Pooled, Saliency, fingerprint, said
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Folder, Names, Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
-from MedXAILib.grid import corners, resample, shifted, transform
+from MedXAILib.grid import resample
 from MedXAILib.model import Prepared
 from MedXAILib.report.localisation import highest
 from MedXAILib.similar_cases import Case, Role, SimilarCases
@@ -106,11 +107,10 @@ class SimilarCaseSearch(Teller):
         found = nearest.roles(self.count, self.unlike, self.mistaken)
         if not found:
             return _nothing("No case of the library is as was asked for.")
-        best = max(hit.similarity for _, hit in found)
-        if best < nearest.least:
+        if nearest.best < nearest.least:
             return _nothing(
-                f"No case of the library is near this scan: its nearest is less similar ({best:.3f}) than those of "
-                f"{1 - FAR:.0%} of the cases are to theirs ({nearest.least:.3f} or more)."
+                f"No case of the library is near this scan: its nearest is less similar ({nearest.best:.3f}) than those "
+                f"of {1 - FAR:.0%} of the cases are to theirs ({nearest.least:.3f} or more)."
             )
         cases, missed = [], [0.0]
         for i, (role, hit) in enumerate(found):
@@ -156,8 +156,6 @@ class SimilarCaseSearch(Teller):
     def _nearest(self, question: Question, library: Library, query: Query) -> Nearest:
         space = _SPACES[self.space]
         if not self.among:
-            # Which refuses vectors of another network, before anything else is asked.
-            library.search(query.vector, 1, space.name, None, None, query.embedder)
             return Nearest(query, library, library.records(whole=False), library.matrix(space.name)[1], space)
         few = self._anew(question, library)
         matrix = np.stack([record.vectors[space.name] for record in few])
@@ -197,7 +195,7 @@ class SimilarCaseSearch(Teller):
     ) -> Case:
         """`case` with where the likeness lies, in it and in the scan, or without when its scan cannot be read."""
         run, space = question.run, _SPACES[self.space]
-        vector = torch.from_numpy(hit.record.vectors[space.name])[None]
+        vector = torch.tensor(hit.record.vectors[space.name])[None]
         mine = here.alike(vector)
         query_map = None
         if here.mapped and len(volume.shape) == 3:
@@ -217,12 +215,12 @@ class SimilarCaseSearch(Teller):
         missed.append(miss)
         if miss > _CHANGED:
             run.note(f"The scan of the case '{case.uid}' is not what was embedded: add the case again.")
-        part = _part(scan, seen)
+        inside = part(scan, seen)
         if not there.mapped:
-            return replace(case, query_map=query_map, volume=part)
-        values = resample(there.placed(theirs)[0].float(), seen.affine, part.shape, part.affine)
-        place: Any = tuple(float(v) for v in part.to_point(highest(values[0])))
-        return replace(case, query_map=query_map, volume=part, map=values, place=place)
+            return replace(case, query_map=query_map, volume=inside)
+        values = resample(there.placed(theirs)[0].float(), seen.affine, inside.shape, inside.affine)
+        place: Any = tuple(float(v) for v in inside.to_point(highest(values[0])))
+        return replace(case, query_map=query_map, volume=inside, map=values, place=place)
 
 
 def _nothing(why: str) -> Callable[..., Explanation]:
@@ -237,15 +235,6 @@ def _seen(question: Question, record: Record, scan: Volume) -> tuple[Prepared, T
 
 def _missed(alike: Tensor, similarity: float) -> float:
     return abs(float(alike.sum()) - similarity) / max(abs(similarity), 1e-6)
-
-
-def _part(scan: Volume, seen: Prepared) -> Volume:
-    """The part of a scan that the network sees, in its own voxels."""
-    reach = transform(np.linalg.inv(scan.affine) @ seen.affine, corners(seen.x.shape[1:]))
-    low = np.maximum(np.ceil(reach.min(0) - 1e-6), 0).astype(int)
-    high = np.minimum(np.floor(reach.max(0) + 1e-6).astype(int) + 1, scan.shape)
-    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    return Volume(scan.data[(slice(None), *inside)].clone(), shifted(scan.affine, low), scan.source)
 
 
 def _case(hit: Hit, role: Role, percentile: float, library: Library) -> Case:
