@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.example_based.capsules import Capsules
-from MedXAILib.explainer import Technique
+from MedXAILib.example_based.influence import Influence
 from MedXAILib.example_based.similar_cases import SimilarCaseSearch
+from MedXAILib.explainer import Technique
 from MedXAILib.textual.captioning import Captioning
 from MedXAILib.textual.rcv import RCV
 from MedXAILib.textual.semantic import Semantic
@@ -85,6 +86,7 @@ EXPLAINERS: dict[str, type[Technique]] = {
         Semantic,
         Capsules,
         SimilarCaseSearch,
+        Influence,
     )
 }
 
