@@ -309,13 +309,23 @@ def _load_weights(network: nn.Module, folder: Path, source: str) -> None:
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise MedXAIError(f"'{source}' holds no weights ({', '.join(_WEIGHTS)}): get the whole bundle.")
+    load_weights(network, path, source)
+
+
+def load_weights(network: nn.Module, path: Path, source: str) -> None:
+    """Give `network` the weights in a file of `source`: its own state, or that of its "model" or "network".
+
+    Raises:
+        MedXAIError: when the file is damaged, holds more than weights, or does not fit.
+    """
     try:
         # weights_only reads tensors and refuses every other object.
         if path.suffix == ".safetensors":
             state: dict[str, Any] = dict(load_file(path))
         else:
             state = torch.load(path, "cpu", weights_only=True)
-        network.load_state_dict(state["model"] if isinstance(state.get("model"), dict) else state)
+        own = next((state[key] for key in ("model", "network") if isinstance(state.get(key), dict)), state)
+        network.load_state_dict(own)
     except pickle.UnpicklingError as error:
         raise MedXAIError(
             f"'{path.name}' of '{source}' holds more than weights, which could run anything when opened, so it is not: "
@@ -341,7 +351,14 @@ def _output(metadata: dict[str, Any]) -> dict[str, Any]:
     outputs = metadata.get("network_data_format", {}).get("outputs", {})
     spec = outputs.get(next(iter(outputs), ""), {})
     said = f"{spec.get('format', '')} {spec.get('type', '')} {metadata.get('task', '')}".lower()
-    known = {"segment": "segmentation", "regress": "regression", "ordinal": "ordinal", "caption": "captioning"}
+    known = {
+        "segment": "segmentation",
+        "regress": "regression",
+        "ordinal": "ordinal",
+        "caption": "captioning",
+        "classif": "classification",
+        "embedding": "embedding",
+    }
     task = next((name for word, name in known.items() if word in said), "classification")
     channels = spec.get("channel_def", {})
     return {"task": task, "class_names": tuple(channels[key] for key in sorted(channels, key=int))}

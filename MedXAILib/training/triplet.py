@@ -1,0 +1,269 @@
+"""The recipe of `lung_nodule_triplet`: which patches are alike in class, then in size, then in where they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import maximum_filter, minimum_filter  # type: ignore[import-untyped]
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import Tensor
+
+from MedXAILib.networks.triplet import TripletEmbedding
+from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, SPACING_MM, Backgrounds, scale, synthesise
+from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.lung_nodule import begin_as_shipped, units
+from MedXAILib.training.own_bundle import told_of
+from MedXAILib.training.table import UNKNOWN, Patches, Table, augmented
+from MedXAILib.training.trainer import Recipe
+from MedXAILib.training.triplet_loss import batch_hard, by_cue, distances, hierarchical, leading, violations
+from MedXAILib.trust.retrieval import interval, measured, ranking
+
+CUES = {"class": 0.0, "diameter_mm": 3.0, "wall_mm": 4.0}
+"""What likeness means, the most important first, and up to which difference two patches share it."""
+
+_LEADING, _OTHER = 32, 16
+_OPEN_LUNG_MM = 25.0
+_WALL_HU, _VESSEL = -400.0, 7
+_PART, _PARTS = 30, 40
+_SEED, _REAL, _REAL_SEED = 11, 90, 4
+_NOISE = 0.01
+_NEAREST = 10
+
+
+def build() -> TripletEmbedding:
+    """A network that sees as `lung_nodule` does, and has yet to learn what is alike."""
+    network = TripletEmbedding((_LEADING, _OTHER, _OTHER))
+    begin_as_shipped(network)
+    return network
+
+
+def cued(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False) -> Patches:
+    """Patches whose attributes are the diameter (mm) and how far from a wall the middle of the nodule is (mm)."""
+    made = synthesise(backgrounds, count, seed, borderline)
+    far = wall_mm(made.images, made.masks, made.centres)
+    far[made.labels == 0] = math.nan
+    diameter = made.attributes[:, ATTRIBUTES.index("diameter_mm")]
+    return Patches(made.images, made.labels, torch.stack([diameter, far], dim=1), None, ())
+
+
+def wall_mm(images: Tensor, masks: Tensor, centres: Tensor) -> Tensor:
+    """How far `centres` (N, 3) are from the wall of the lung, mediastinum or diaphragm (N,), 25 mm at most: what is
+    dense and thicker than a vessel in `images` (N, 1, D, H, W) outside `masks`.
+
+    It is the only place that these patches have: they are flipped and transposed, and no lobe can be told in them.
+    """
+    dense = ((images > scale(torch.tensor(_WALL_HU))) & ~masks).numpy()
+    size = (1, 1, _VESSEL, _VESSEL, _VESSEL)
+    wall = torch.from_numpy(dense & maximum_filter(minimum_filter(dense, size), size))[:, 0]
+    away = [
+        torch.cdist(centre[None], one.nonzero().float()).amin() if one.any() else torch.tensor(math.inf)
+        for one, centre in zip(wall, centres, strict=True)
+    ]
+    return (SPACING_MM * torch.stack(away)).clamp_max(_OPEN_LUNG_MM)
+
+
+def repeated(backgrounds: Backgrounds, count: int, seed: int) -> Patches:
+    """Some of the same 1200 patches, each flipped and transposed in the axial plane or not, with other noise."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(_PARTS, generator=generator)[: -(-count // _PART)].tolist()
+    parts = [_part(backgrounds, which) for which in chosen]
+    images = torch.cat([part.images for part in parts])[:count]
+    turned = torch.rand(len(images), 4, generator=generator) < 0.5
+    images = torch.stack([_turned(image, *turns) for image, turns in zip(images, turned.tolist(), strict=True)])
+    images += _NOISE * torch.randn(images.shape, generator=generator)
+    labels = torch.cat([part.labels for part in parts])[:count]
+    attributes = torch.cat([part.attributes for part in parts])[:count]
+    return Patches(images.clamp(0, 1), labels, attributes, None, ())
+
+
+@lru_cache(maxsize=_PARTS)
+def _part(backgrounds: Backgrounds, which: int) -> Patches:
+    return cued(backgrounds, _PART, _SEED + which)
+
+
+def _turned(image: Tensor, swap: bool, *flips: bool) -> Tensor:
+    image = image.transpose(1, 2) if swap else image
+    return image.flip([axis for axis, flip in enumerate(flips, 1) if flip])
+
+
+def cues_of(patches: Patches) -> Tensor:
+    """The class and the attributes of patches, (N, 1 + K), NaN where unknown."""
+    labels = patches.labels.float().masked_fill(patches.labels == UNKNOWN, math.nan)
+    return torch.cat([labels[:, None], patches.attributes], dim=1)
+
+
+def loss(network: TripletEmbedding, patches: Patches, cues: Mapping[str, float] = CUES) -> Tensor:
+    """The hierarchical loss of the embedding, and the batch-hard loss of each block by its own cue."""
+    embeddings = network(patches.images.to(network.head.weight.device))
+    known, tolerances = cues_of(patches).to(embeddings.device), list(cues.values())
+    by_block = zip(network.split(embeddings), by_cue(known, tolerances), strict=True)
+    blocks = torch.stack([batch_hard(block, same, other) for block, (same, other) in by_block])
+    return hierarchical(embeddings, known, tolerances) + blocks.sum()
+
+
+@torch.no_grad()
+def embedded(network: TripletEmbedding, images: Tensor) -> Tensor:
+    """The embeddings (N, K) of images (N, 1, D, H, W), on the CPU."""
+    device = network.head.weight.device
+    return torch.cat([network(part.to(device)).cpu() for part in images.split(50)])
+
+
+def measure(network: TripletEmbedding, patches: Patches, cues: Mapping[str, float] = CUES) -> dict[str, float]:
+    """How well patches find their like, each of them among all others; nothing of what none of them shows.
+
+    Of the class: `precision_1`, `precision_10`, `map`, and `ndcg` of the first ten, from `ndcg_low` to `ndcg_high` (a
+    95 % interval), and as `coarse_ndcg` that of the search from coarse to fine. `graded_ndcg` counts how many leading
+    cues are shared. By cue, `violations` is the share of triplets in which a patch that shares it and all before it is
+    not nearer than one that does not, and, but for the class, `rank` is Spearman's correlation of a patch's value and
+    the mean of its ten nearest that have one.
+    """
+    embeddings, columns = embedded(network, patches.images), cues_of(patches)
+    levels = list(leading(columns, list(cues.values())))
+    similarity = (embeddings @ embeddings.T).numpy()
+    alike, shared = levels[0][0].numpy(), torch.stack([same for same, _ in levels]).sum(0).numpy()
+    found: dict[str, float] = {}
+    if alike.any():
+        found |= _found(similarity, alike)
+        found["coarse_ndcg"] = _ndcg(network.coarse_to_fine(embeddings, embeddings).numpy(), alike)
+        found["graded_ndcg"] = _ndcg(similarity, shared)
+    apart = distances(embeddings)
+    for name, (same, other) in zip(cues, levels, strict=True):
+        found[f"{name}_violations"] = violations(apart, same, other)
+    for name, values in list(zip(cues, columns.T.numpy(), strict=True))[1:]:
+        known = np.isfinite(values)
+        if known.sum() > 2 * _NEAREST:
+            found[f"{name}_rank"] = _rank(similarity[np.ix_(known, known)], values[known])
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _found(similarity: np.ndarray, alike: np.ndarray) -> dict[str, float]:
+    order = ranking(similarity, alike, np.eye(len(alike), dtype=bool))
+    first, each = measured(order, 1), measured(order, _NEAREST)
+    mean, low, high = interval(each["nDCG@10"])
+    precise = {f"precision_{k}": float(np.nanmean(values)) for k, values in ((1, first["P@1"]), (10, each["P@10"]))}
+    return precise | {"map": float(np.nanmean(each["mAP"])), "ndcg": mean, "ndcg_low": low, "ndcg_high": high}
+
+
+def _ndcg(similarity: np.ndarray, relevance: np.ndarray) -> float:
+    order = ranking(similarity, relevance, np.eye(len(relevance), dtype=bool))
+    return float(np.nanmean(measured(order, _NEAREST)["nDCG@10"]))
+
+
+def _rank(similarity: np.ndarray, values: np.ndarray) -> float:
+    others = np.where(np.eye(len(values), dtype=bool), -np.inf, similarity)
+    near = values[np.argsort(-others, axis=1, kind="stable")[:, :_NEAREST]].mean(1)
+    return float(spearmanr(values, near).statistic)
+
+
+def real(network: TripletEmbedding, scan: Backgrounds) -> dict[str, float]:
+    """Of the ten computed nodules and pieces of lung in another patient that are nearest to the scan's own lesion: the
+    share that is "malignant", and the mean diameter of the nodules in mm."""
+    patches = cued(Backgrounds.training(), _REAL, _REAL_SEED)
+    itself = embedded(network, scan.lesion_patch()[0])
+    near = (embedded(network, patches.images) @ itself[0]).topk(_NEAREST).indices
+    malignant = patches.labels[near] == CLASSES.index("malignant")
+    return {"malignant": float(malignant.float().mean()), "diameter_mm": float(patches.attributes[near, 0].nanmean())}
+
+
+def own(recipe: Recipe, table: Table) -> Recipe:
+    """`recipe` for a person's own table: of an untrained network, for which cases are alike that share their label,
+    then each attribute in the order of the columns."""
+    table.require("label")
+    cues = {"label": 0.0, **dict(zip(table.attributes, tolerances_of(table.known()), strict=True))}
+    return replace(
+        recipe,
+        network=partial(TripletEmbedding, (_LEADING, *[_OTHER] * len(table.attributes))),
+        loss=partial(loss, cues=cues),
+        measure=partial(measure, cues=cues),
+        publish=partial(publish_own, table, cues),
+        synthesise=augmented,
+        repeat=None,
+    )
+
+
+def tolerances_of(known: Tensor) -> list[float]:
+    """Up to which difference attributes (M, K), NaN where unknown, are shared: findings, which are 0 or 1, when they
+    are the same, measures within half of their standard deviation."""
+    finding = ((known == 0) | (known == 1) | known.isnan()).all(0)
+    return torch.where(finding, 0.0, units(known)[1] / 2).tolist()
+
+
+def publish(network: TripletEmbedding, metrics: dict[str, float], folder: Path) -> None:
+    """Write the bundle."""
+    about = {
+        "name": "Lung nodule embedding",
+        "task": "Embedding of lung patches of 50 mm: those of one class, size and place are near each other",
+        "description": "A demonstration network for finding similar cases. Its classes follow a published rule on "
+        "computed nodules, not pathology.",
+        "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
+    }
+    _write(folder, network, CUES, about=about, card=_CARD.format(**metrics), metrics=metrics)
+
+
+def publish_own(
+    table: Table, cues: Mapping[str, float], network: TripletEmbedding, metrics: dict[str, float], folder: Path
+) -> None:
+    """Write the bundle of a network that learnt from `table`."""
+    shared = [f"**{name}**" + (f" (within {within:.3g})" if within else "") for name, within in cues.items()]
+    does = f"says what it is like: {', then '.join(shared)}"
+    told = told_of(table, "lung-nodule-triplet", folder.name, metrics, "Embedding", does, _OWN)
+    _write(folder, network, cues, **told)
+
+
+def _write(folder: Path, network: TripletEmbedding, cues: Iterable[str], **told: Any) -> None:
+    channels = [f"{cue} {i}" for cue, size in zip(cues, network.blocks, strict=True) for i in range(size)]
+    write_bundle(
+        folder,
+        network,
+        definition={"_target_": "MedXAILib.networks.triplet.TripletEmbedding", "blocks": network.blocks},
+        inferer={"_target_": "SimpleInferer"},
+        postprocessing=[],
+        handlers=[],
+        output={
+            "type": "embedding",
+            "format": "embedding",
+            "num_channels": len(channels),
+            "spatial_shape": [1, 1, 1],
+            "dtype": "float32",
+            "value_range": [-1, 1],
+            "is_patch_data": False,
+            "channel_def": {str(i): name for i, name in enumerate(channels)},
+        },
+        layers=["evidence"],
+        **told,
+    )
+
+
+_CARD = """
+"""
+
+_OWN = """`precision_1`, `precision_10`, `map` and `ndcg` (of the first ten, with a 95 % interval) say how well each
+case of the test finds those of its own label among all others; `coarse_ndcg` is that of a search from coarse to fine,
+and `graded_ndcg` counts how many of the leading cues are shared. `violations` is the share of triplets in which a case
+that shares a cue and all before it is not nearer than one that does not, `rank` Spearman's correlation of a case's
+value and the mean of its ten nearest. The output is an embedding of length 1."""
+
+RECIPE = Recipe(
+    name="lung-nodule-triplet",
+    network=build,
+    loss=loss,
+    measure=measure,
+    real=real,
+    score="graded_ndcg",
+    publish=publish,
+    own=own,
+    epochs=10,
+    steps=40,
+    synthesise=cued,
+    repeat=repeated,
+    batch=60,
+    learning_rate=2e-3,
+    patience=10,
+)
