@@ -84,7 +84,12 @@ class SemanticLungNodule(LungNoduleClassifier):
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.features(image)
-        return self.decide(self.degrees(self.attribute_head(features)), features)
+        return self.decide(self.named(features), features)
+
+    def named(self, features: Tensor) -> Tensor:
+        """The attributes (N, K) by the features (N, 8 * width): in their unit, and probabilities."""
+        degrees: Tensor = self.degrees(self.attribute_head(features))
+        return degrees
 
     def decide(self, degrees: Tensor, features: Tensor) -> Tensor:
         """Class logits by attributes (N, K); the features (N, 8 * width) matter only where there is a residual."""

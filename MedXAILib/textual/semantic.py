@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -85,8 +85,9 @@ class Semantic(Teller):
         names, scales = [a.name for a in attributes], {a.name: a.scale for a in attributes}
         changes = parsed(self.intervene, attributes)
         question.run.step(0, 2, self.title)
-        predicted, maps, seen = _read(question, network)
-        placed = resample(maps, question.seen[0].affine, volume.shape, volume.affine)
+        read = self.read(question, network)
+        predicted, seen = read.values, {name: i for i, name in enumerate(read.seen)}
+        placed = resample(read.maps, question.seen[0].affine, volume.shape, volume.affine)
         if len(volume.shape) < 3:
             # A plain image has no maps: those of concepts are of volumes.
             placed, seen = torch.zeros(0, 1, 1, 1), {}
@@ -130,13 +131,64 @@ class Semantic(Teller):
             )
         return partial(
             ConceptScores,
-            residual={"completeness": missed},
+            residual={"completeness": missed, **read.residual},
             concepts=tuple(concepts),
             scored=f"share of the score of {target.label}",
-            text=text,
+            text=" ".join(filter(None, [text, read.note])),
             maps=placed,
             affine=volume.affine,
         )
+
+    def read(self, question: Question, network: NamesAttributes) -> Read:
+        """What the network takes for its attributes, and HiResCAMs of those that are there: in the unit of what is
+        measured and in the log-odds of findings."""
+        attributes = tuple(network.attributes)
+        layer = suggest_layer(question)
+        _, taken = capture(question, (network.attribute_layer, layer))
+        given, where = taken[network.attribute_layer].raw, taken[layer]
+        values = named(network, given)
+        activation = spatial(layer, where)
+        maps = [question.x.new_zeros((0, *question.x.shape[2:]))]
+        there = visible(attributes, values)
+        for k in there:
+            value = given[:, k] if attributes[k].unit else given[:, k].logit(_CERTAIN)
+            (gradient,) = question.gradients(value, [where.raw], keep=True)
+            relevance = activation * where.grid(gradient)  # type: ignore[operator]
+            maps.append(where.place(relevance.sum(1, keepdim=True))[0])
+        return Read(values, torch.cat(maps).detach().float().cpu(), [attributes[k].name for k in there])
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a network takes for its attributes, by name; on its own grid maps (M, *spatial) of those `seen`; what theory
+    demands of these, and by how much they miss it; and a note for the reader."""
+
+    values: dict[str, float]
+    maps: Tensor
+    seen: list[str]
+    residual: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def named(network: NamesAttributes, given: Tensor) -> dict[str, float]:
+    """The attributes by name, as the network's layer gives them.
+
+    Raises:
+        MedXAIError: when it does not give one for each.
+    """
+    if given.shape != (1, len(network.attributes)):
+        raise MedXAIError(
+            f"Layer '{network.attribute_layer}' gives {tuple(given.shape)} for {len(network.attributes)} attributes: "
+            "name one attribute for each of its outputs."
+        )
+    return dict(zip((a.name for a in network.attributes), given[0].tolist(), strict=True))
+
+
+def visible(attributes: Sequence[Attribute], values: Mapping[str, float]) -> list[int]:
+    """Which attributes there is something to see of: what is measured, and findings that are there."""
+    if any(a.role == "noun" and values[a.name] <= THERE for a in attributes):
+        return []
+    return [k for k, a in enumerate(attributes) if a.unit or values[a.name] > THERE]
 
 
 def parsed(changes: Sequence[str], attributes: Sequence[Attribute]) -> dict[str, float]:
@@ -209,31 +261,3 @@ def _decided(question: Question, network: NamesAttributes, values: Mapping[str, 
     )
     scores = {name: float(score) for name, score in zip(names, columns, strict=True)}
     return _Decided(float(value), scores, said, torch.cat(weights).cpu())
-
-
-def _read(question: Question, network: NamesAttributes) -> tuple[dict[str, float], Tensor, dict[str, int]]:
-    """What the network takes for its attributes, and HiResCAMs (maps, *spatial) of those that are there, with the index
-    of each: in the unit of what is measured and in the log-odds of findings."""
-    attributes = tuple(network.attributes)
-    layer = suggest_layer(question)
-    _, taken = capture(question, (network.attribute_layer, layer))
-    given, where = taken[network.attribute_layer].raw, taken[layer]
-    if given.shape != (1, len(attributes)):
-        raise MedXAIError(
-            f"Layer '{network.attribute_layer}' gives {tuple(given.shape)} for {len(attributes)} attributes: name one "
-            "attribute for each of its outputs."
-        )
-    activation = spatial(layer, where)
-    values = dict(zip((a.name for a in attributes), given[0].tolist(), strict=True))
-    noun = next((values[a.name] for a in attributes if a.role == "noun"), 1.0)
-    maps, seen = [question.x.new_zeros((0, *question.x.shape[2:]))], dict[str, int]()
-    for k, a in enumerate(attributes):
-        # Of what is not there nothing is to be seen.
-        if noun <= THERE or (not a.unit and values[a.name] <= THERE):
-            continue
-        value = given[:, k] if a.unit else given[:, k].logit(_CERTAIN)
-        (gradient,) = question.gradients(value, [where.raw], keep=True)
-        seen[a.name] = len(seen)
-        relevance = activation * where.grid(gradient)  # type: ignore[operator]
-        maps.append(where.place(relevance.sum(1, keepdim=True))[0])
-    return values, torch.cat(maps).detach().float().cpu(), seen

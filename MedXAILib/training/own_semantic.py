@@ -84,7 +84,7 @@ def loss(network: SemanticLungNodule, patches: Patches) -> Tensor:
     and the squared error of measures in their own spread."""
     device = network.class_head.weight.device
     features = network.features(patches.images.to(device))
-    said = network.degrees(network.attribute_head(features))
+    said = network.named(features)
     true = patches.attributes.to(device)
     finding = torch.tensor([not attribute.unit for attribute in network.attributes], device=device).expand_as(said)
     known = true.isfinite()
@@ -100,7 +100,7 @@ def measure(table: Table, network: SemanticLungNodule, patches: Patches) -> dict
     their probability; nothing of what was not there."""
     device = network.class_head.weight.device
     features = torch.cat([network.features(part.to(device)) for part in patches.images.split(50)])
-    said = network.degrees(network.attribute_head(features))
+    said = network.named(features)
     guessed = network.decide(said, features).argmax(1)
     found = measure_classes(network, patches) | table.by_name(guessed.cpu(), said.cpu(), patches)
     return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from MedXAILib.networks.capsules import CapsuleLungNodule
 from MedXAILib.networks.semantic import ATTRIBUTES, Decision, SemanticLungNodule
 from MedXAILib.synthetic.lung_nodules import CLASSES, Nodules, draw
 from MedXAILib.training import lung_nodule
@@ -31,16 +32,21 @@ _PATCHES = 600
 def build() -> SemanticLungNodule:
     """A network that sees as `lung_nodule` does, and has yet to learn what it is called and what to decide by it."""
     network = SemanticLungNodule(len(CLASSES))
+    begin(network)
+    network.attribute_head.offset[_DIAMETER] = network.class_head.offset[_DIAMETER]
+    network.attribute_head.scale[_DIAMETER] = network.class_head.scale[_DIAMETER]
+    return network
+
+
+def begin(network: SemanticLungNodule | CapsuleLungNodule) -> None:
+    """Give `network` the weights that the shipped classifier has below its heads, and a decision by true attributes."""
     lung_nodule.begin_as_shipped(network)
     attributes, labels = draw(_PATCHES, seed=0)
     known = true_attributes(attributes, labels)
     typical, spread = known.nanmean(0), (known - known.nanmean(0)).square().nanmean(0).sqrt()
     network.class_head.offset.copy_(typical)
     network.class_head.scale.copy_(spread)
-    network.attribute_head.offset[_DIAMETER] = typical[_DIAMETER]
-    network.attribute_head.scale[_DIAMETER] = spread[_DIAMETER]
     _learn_decision(network.class_head, torch.where(known.isfinite(), known, typical), labels)
-    return network
 
 
 def _learn_decision(head: Decision, attributes: Tensor, labels: Tensor) -> None:
@@ -80,9 +86,13 @@ def true_attributes(attributes: Tensor, labels: Tensor) -> Tensor:
 def loss(network: SemanticLungNodule, patches: Nodules) -> Tensor:
     """Cross-entropy of the class, and of the attributes that a patch has: the mean negative log-likelihood of the
     findings and the squared error of the diameter in its own spread."""
-    device = network.class_head.weight.device
-    features = network.features(patches.images.to(device))
-    said = network.degrees(network.attribute_head(features))
+    return error(network, network.features(patches.images.to(network.class_head.weight.device)), patches)
+
+
+def error(network: SemanticLungNodule | CapsuleLungNodule, features: Tensor, patches: Nodules) -> Tensor:
+    """The `loss` of what follows from `features`."""
+    device = features.device
+    said = network.named(features)
     true = true_attributes(patches.attributes, patches.labels).to(device)
     known = true.isfinite()
     wrong = F.binary_cross_entropy(said[:, _FINDINGS], true[:, _FINDINGS].nan_to_num(), reduction="none")
@@ -93,7 +103,7 @@ def loss(network: SemanticLungNodule, patches: Nodules) -> Tensor:
 
 
 @torch.no_grad()
-def measure(network: SemanticLungNodule, patches: Nodules) -> dict[str, float]:
+def measure(network: SemanticLungNodule | CapsuleLungNodule, patches: Nodules) -> dict[str, float]:
     """What `lung_nodule` measures, and how right and how honest the attributes are.
 
     Of each finding the accuracy, of nodules, the scale "solidity" as one; of the diameter mean error in mm and R². The
@@ -105,7 +115,7 @@ def measure(network: SemanticLungNodule, patches: Nodules) -> dict[str, float]:
     measured = lung_nodule.measure(network, patches)
     device = network.class_head.weight.device
     features = torch.cat([network.features(part.to(device)) for part in patches.images.split(50)])
-    said = network.degrees(network.attribute_head(features))
+    said = network.named(features)
     true = true_attributes(patches.attributes, patches.labels).to(device)
     labels = patches.labels.to(device)
     lesion = labels > 0
