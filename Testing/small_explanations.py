@@ -1,8 +1,10 @@
-"""A caption and similar cases of a real nodule, made from the demo network: small, but nothing in them is invented.
+"""A caption and similar cases of a real nodule, and variants and rules of computed ones, made from the demo network:
+small, but nothing in them is invented.
 
-The methods that write captions and search archives make the same kinds of explanation. Here the caption's words are
-thresholds of the seven attributes that the network answers beside its class, and the archive is a handful of synthetic
-nodules in the lung of another patient.
+The methods that write captions, search archives, draw variants and find rules make the same kinds of explanation. Here
+the caption's words are thresholds of the seven attributes that the network answers beside its class, the archive is a
+handful of synthetic nodules in the lung of another patient, the variants are one of these computed larger and larger,
+and the rules are one threshold each.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from MedXAILib.synthetic.lung_nodules import (
     SPACING_MM,
     Backgrounds,
     Nodules,
+    draw,
+    render,
     synthesise,
 )
 from MedXAILib.target import read_layers
@@ -114,6 +118,82 @@ def similar_cases(volume: mx.Volume, region: Sequence[float] = NODULE, count: in
     own = mx.explain(embedding, volume, "hirescam", target=target, region=region)
     provenance = _made(own.provenance, {"kind": "SimilarCases", "count": count}, "similar cases")
     return mx.SimilarCases(provenance, {}, tuple(cases), own.data, volume.affine)
+
+
+def variants(steps: int = 7) -> tuple[mx.Volume, mx.Traversal]:
+    """A lobulated synthetic nodule without calcification, computed from 7 to 22 mm across, with what the network says
+    of each; the one in the middle is the scan. The map has the embeddings of other nodules, in the plane in which they
+    differ most."""
+    backgrounds = Backgrounds.training()
+    attributes, labels = draw(3, seed=4)
+    row = labels.tolist().index(CLASSES.index("benign"))
+    for name, value in {"calcification": 0.0, "lobulation": 0.6, "spiculation": 0.0, "solidity": 1.0}.items():
+        attributes[row, ATTRIBUTES.index(name)] = value
+    sizes = torch.linspace(7, 22, steps)
+    images = []
+    for size in sizes:
+        attributes[row, ATTRIBUTES.index("diameter_mm")] = size
+        images.append(render(backgrounds, attributes, labels, seed=4, jitter=0).images[row])
+    others = synthesise(backgrounds, 30, seed=5)
+    with _model().ready("cpu") as device, torch.no_grad():
+        output = read_layers(_model(), torch.stack(images).to(device), (None,))[None]
+        known = _embedding().network(torch.cat([torch.stack(images), others.images]).to(device))
+    known = known - known.mean(0)
+    plane = (known @ torch.linalg.svd(known, full_matrices=False).Vh[:2].T).double()
+    here, malignant = steps // 2, CLASSES.index("malignant")
+    said = [
+        mx.Step(
+            float(size - sizes[here]),
+            float(scores[malignant]),
+            dict(zip(CLASSES, scores.softmax(0).tolist(), strict=True)),
+            {"diameter_mm": float(size)},
+        )
+        for size, scores in zip(sizes, output, strict=True)
+    ]
+    decisions = output.argmax(1).tolist()
+    others_say = [i for i, decision in enumerate(decisions) if decision != decisions[here]]
+    flipped = min(others_say, key=lambda i: abs(i - here))
+    low, high = HU_RANGE
+    # The patch has the axes (R, A, S), a volume (S, A, R).
+    data = torch.cat(images).permute(0, 3, 2, 1) * (high - low) + low
+    affine = _grid(np.array([30.0, -20.0, 100.0]), np.eye(3), (SPACING_MM,) * 3, data.shape[1:])
+    scan = mx.Volume(data[here][None], affine, "synthetic.nrrd")
+    cohort = [
+        mx.Place(f"synthetic-{i:02d}", CLASSES[int(label)], *place)
+        for i, (label, place) in enumerate(zip(others.labels, plane[steps:].tolist(), strict=True))
+    ]
+    made = mx.explain(_model(), scan, "gradient", "malignant", _middle(scan)).provenance
+    return scan, mx.Traversal(
+        _made(made, {"kind": "Traversal"}, "malignant"),
+        {},
+        tuple(said),
+        data,
+        affine,
+        "along the diameter",
+        f"The network says otherwise at {sizes[flipped]:.1f} mm.",
+        flipped,
+        tuple(cohort),
+        plane[:steps].numpy(),
+    )
+
+
+def rules(count: int = 60) -> mx.RuleSet:
+    """How far one threshold of the diameter, and one of the spiculation, tell when the network calls synthetic nodules
+    malignant; they are said of the first of these."""
+    nodules = synthesise(Backgrounds.training(), count, seed=6)
+    lesions = nodules.labels > 0
+    with _model().ready("cpu") as device, torch.no_grad():
+        output = read_layers(_model(), nodules.images[lesions].to(device), (None,))[None]
+    says = output.argmax(1) == CLASSES.index("malignant")
+    attributes = {name: nodules.attributes[lesions, i] for i, name in enumerate(ATTRIBUTES)}
+    found = []
+    for condition in (mx.Condition("diameter_mm", ">", 15.0, "mm"), mx.Condition("spiculation", ">", 0.0)):
+        holds = attributes[condition.feature] > condition.threshold
+        share, right = float(holds.float().mean()), float(says[holds].float().mean())
+        found.append(mx.Rule((condition,), "malignant", share, right, int(holds.sum()), applies=bool(holds[0])))
+    values = {rule.conditions[0].feature: float(attributes[rule.conditions[0].feature][0]) for rule in found}
+    made = mx.explain(_model(), chest(), "gradient", "malignant", NODULE).provenance
+    return mx.RuleSet(_made(made, {"kind": "RuleSet"}, "malignant"), {}, tuple(found), "", values)
 
 
 class _Features(nn.Module):

@@ -210,13 +210,14 @@ def test_button_follows_the_layout_that_a_person_chooses(host, panel, node, layo
 
 
 def test_what_the_method_says_of_them_is_above_the_cards(panel, scan, answer):
-    said = "Nothing near: no case is as similar as cases of one class usually are."
+    said = "Nothing near: no case is as similar as <99 %> of the cases are."
     told = replace(answer, manifest={**answer.manifest, "text": said})
     panel.show(cases.addCases(scan, told))
     assert panel.ui.textLabel.text == said and not panel.ui.textLabel.isHidden()
     assert panel.ui.textLabel.font.bold()
     panel.show(cases.addCases(scan, replace(told, manifest={**told.manifest, "cases": []})))
-    assert panel.ui.emptyLabel.text == said and not panel.ui.emptyLabel.isHidden()
+    assert panel.ui.emptyLabel.text == "<b>Nothing near: no case is as similar as &lt;99 %&gt; of the cases are.</b>"
+    assert not panel.ui.emptyLabel.isHidden()
     assert panel.ui.casesWidget.isHidden()
 
 

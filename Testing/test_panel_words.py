@@ -269,6 +269,46 @@ def test_summary_of_a_map_is_read_instead(panel, scan, answer):
     assert not panel.ui.emptyLabel.isHidden()
 
 
+def test_rules_are_read_and_those_of_the_scan_are_marked(panel, scan):
+    from test_variants import rule_set
+
+    told = rule_set()
+    (node,) = mrml.addAnswers(scan, [answers.of(told)])
+    panel.show(node)
+    text = panel.ui.textBrowser.toPlainText()
+    order = [
+        "Two rules cover every case.",
+        "In this scan: diameter 14.2 mm, spiculation 0.8.",
+        "For scans like this one",
+        told.rules[2].sentence,
+        "For all cases",
+        f"▶ {told.rules[0].sentence} It holds for this scan.",
+        told.rules[1].sentence,
+    ]
+    assert [line for line in text.split("\n") if line] == order
+    bold = [part.strip() for part in where(panel, lambda look: look.fontWeight() > 500)]
+    assert bold == [order[2], order[4], told.rules[0].sentence]
+    assert links(panel) == []
+    assert "not what is true" in panel.ui.warningLabel.text and "▶" in panel.ui.legendLabel.text
+    assert panel.ui.hideMapButton.isHidden() and panel.ui.whatIfButton.isHidden()
+    panel.ui.copyButton.click()
+    assert f"{told.rules[0].sentence} (this scan)" in qt.QApplication.clipboard().text()
+
+
+def test_real_rules_of_nodules(panel, scan):
+    """Of those that the network says it of, there are as many as the sentence has."""
+    told = small_explanations.rules()
+    (node,) = mrml.addAnswers(scan, [answers.of(told)])
+    panel.show(node)
+    text = panel.ui.textBrowser.toPlainText()
+    for rule in told.rules:
+        assert rule.sentence in text
+        assert 0 < rule.completeness < 1 and rule.cases == round(rule.completeness * 40)
+    assert [rule.applies for rule in told.rules] == [
+        told.values[rule.conditions[0].feature] > rule.conditions[0].threshold for rule in told.rules
+    ]
+
+
 def test_nothing_chosen_says_what_to_do(panel):
     assert "Choose an explanation" in panel.ui.emptyLabel.text
     assert panel.ui.wordsWidget.isHidden()

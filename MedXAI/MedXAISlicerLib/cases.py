@@ -10,7 +10,7 @@ import slicer
 import vtk
 from vtk.util.numpy_support import vtk_to_numpy
 
-from MedXAISlicerLib import captions, display, geometry, results
+from MedXAISlicerLib import captions, display, geometry, results, windows
 
 ROLES = {
     "alike": "",
@@ -193,9 +193,5 @@ def _addVolume(volumeNode, array, affine, title):
         "vtkMRMLScalarVolumeNode",
     )
     node.CreateDefaultDisplayNodes()
-    window = volumeNode.GetDisplayNode()
-    if window is not None:
-        # Two images through two windows cannot be compared by eye.
-        node.GetDisplayNode().AutoWindowLevelOff()
-        node.GetDisplayNode().SetWindowLevelMinMax(window.GetWindowLevelMin(), window.GetWindowLevelMax())
+    windows.copyWindow(node.GetDisplayNode(), volumeNode.GetDisplayNode())
     return node

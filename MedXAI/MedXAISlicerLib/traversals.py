@@ -6,20 +6,14 @@ import json
 
 import slicer
 
-from MedXAISlicerLib import deleting, display, results
+from MedXAISlicerLib import deleting, display, results, windows
 
 _KNOWN = ("steps", "along", "text", "flipped", "cohort", "path")
 
 
-def addTraversal(volumeNode, answer):
-    """Add variants of a volume to the scene: a table of the steps, a series of the variants, another of what is changed
-    in them, and a summary. Returns the table node."""
-    *_, tableNode = addingTraversal(volumeNode, answer)
-    return tableNode
-
-
 def addingTraversal(volumeNode, answer):
-    """The same in steps: a generator of the table node."""
+    """Add variants of a volume to the scene, in steps: a table of what is said of them, a series of them, another of
+    what is changed in them, and a summary. A generator of the table node."""
     said = answer.manifest
     name = volumeNode.GetName()
     steps = said["steps"]
@@ -31,13 +25,12 @@ def addingTraversal(volumeNode, answer):
     arrays, affine = [answer.images[file][0] for file in said["files"]], answer.images[said["files"][0]][1]
     titles = [f"{number}: {step['position']:+.3g}" for number, step in enumerate(steps, 1)]
     variants = [_addVolume(volumeNode, array, affine) for array in arrays]
-    for node in variants:
-        _seeThrough(node, volumeNode)
     browserNode, variantNode = _play(tableNode, volumeNode, variants, titles, "variant")
     results.setPart(tableNode, "Variant", variantNode)
     results.setPart(tableNode, "Browser", browserNode)
     yield tableNode
-    here = arrays[_nearest(steps)]
+    scan = _nearest(steps)
+    here = arrays[scan]
     changes = [_addVolume(volumeNode, array - here, affine) for array in arrays]
     # One window for all of them: what is changed more looks so.
     limits = [display.windowLimit(array - here) for array in arrays if (array != here).any()]
@@ -48,7 +41,7 @@ def addingTraversal(volumeNode, answer):
         display.colour(node, max(limits, default=1.0))
     _, changeNode = _play(tableNode, volumeNode, changes, titles, "change", browserNode)
     results.addPart(tableNode, "Map", changeNode)
-    setStep(tableNode, 0 if said["flipped"] is None else said["flipped"])
+    setStep(tableNode, scan if said["flipped"] is None else said["flipped"])
     results.addSummary(tableNode, about(tableNode))
     results.fileBesideSource(tableNode)
     yield tableNode
@@ -119,14 +112,8 @@ def _addVolume(volumeNode, array, affine):
     node = slicer.util.addVolumeFromArray(array, affine[:, [2, 1, 0, 3]], nodeClassName="vtkMRMLScalarVolumeNode")
     node.SetAndObserveTransformNodeID(volumeNode.GetTransformNodeID())
     node.CreateDefaultDisplayNodes()
+    windows.copyWindow(node.GetDisplayNode(), volumeNode.GetDisplayNode())
     return node
-
-
-def _seeThrough(node, volumeNode):
-    window = volumeNode.GetDisplayNode()
-    if window is not None:
-        node.GetDisplayNode().AutoWindowLevelOff()
-        node.GetDisplayNode().SetWindowLevel(window.GetWindow(), window.GetLevel())
 
 
 def _play(tableNode, volumeNode, nodes, titles, what, browserNode=None):

@@ -21,17 +21,18 @@ class LinkedWindows(VTKObservationMixin):
         displays = [node.GetDisplayNode() for node in volumeNodes if node.GetDisplayNode() is not None]
         self._displays = [displayNode.GetID() for displayNode in displays]
         for displayNode in displays:
-            _setWindow(displayNode, displays[0])
+            copyWindow(displayNode, displays[0])
             self.addObserver(displayNode, vtk.vtkCommand.ModifiedEvent, self._follow)
 
     def _follow(self, changed, _event):
         for displayNode in filter(None, map(slicer.mrmlScene.GetNodeByID, self._displays)):
-            _setWindow(displayNode, changed)
+            copyWindow(displayNode, changed)
 
 
-def _setWindow(displayNode, other):
-    window = other.GetWindow(), other.GetLevel()
-    if window != (displayNode.GetWindow(), displayNode.GetLevel()):
+def copyWindow(displayNode, other):
+    """Let what a display node shows be seen through the window of another, if there is one."""
+    window = None if other is None else (other.GetWindow(), other.GetLevel())
+    if window not in (None, (displayNode.GetWindow(), displayNode.GetLevel())):
         modifying = displayNode.StartModify()
         displayNode.AutoWindowLevelOff()
         displayNode.SetWindowLevel(*window)

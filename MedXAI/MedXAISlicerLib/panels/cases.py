@@ -60,7 +60,8 @@ class CasesPanel(Panel):
         self._found = found = said["cases"]
         self.ui.emptyLabel.text = {
             None: _("Choose an explanation above to see the cases that are similar to the scan."),
-            "SimilarCases": said["text"] or _("The network found no similar case."),
+            # That there is none is an answer, too.
+            "SimilarCases": f"<b>{escape(said['text'] or _('The network found no similar case.'))}</b>",
         }.get(kind, _("This explanation does not look for similar cases."))
         self.ui.emptyLabel.visible = not found
         self.ui.casesWidget.visible = bool(found)
