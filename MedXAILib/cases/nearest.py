@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -85,23 +85,29 @@ class Nearest:
         otherwise, and the nearest `mistaken` others about which it is wrong. Where it names nothing, the nearest are
         alike, and unlike are those of another label than most of them."""
         says, labels, answers = self.query.says, self._values("label"), self._values("said")
-        alike = self.hits({"said": {says}} if says else {}, count)
+        found: list[tuple[Role, Hit]] = []
+
+        def add(role: Role, count: int, *wanted: Mapping[str, set[str]]) -> None:
+            shown = {hit.record.uid for _, hit in found}
+            hits = [hit for one in wanted for hit in self.hits(one, count and count + len(shown))]
+            fresh = sorted((hit for hit in hits if hit.record.uid not in shown), key=self._rank)
+            found.extend((role, hit) for hit in fresh[:count])
+
+        add("alike", count, {"said": {says}} if says else {})
+        most = Counter(hit.record.label for _, hit in found if hit.record.label).most_common(1)
         if says:
-            otherwise = self.hits({"said": answers - {says}}, unlike)
-        else:
-            most = Counter(hit.record.label for hit in alike if hit.record.label).most_common(1)
-            otherwise = self.hits({"label": labels - {most[0][0]}}, unlike) if most else []
-        found: list[tuple[Role, Hit]] = [*(("alike", hit) for hit in alike), *(("unlike", hit) for hit in otherwise)]
-        shown = {hit.record.uid for _, hit in found}
+            add("unlike", unlike, {"said": answers - {says}})
+        elif most:
+            add("unlike", unlike, {"label": labels - {most[0][0]}})
         # What is known of a case may be no answer of the network at all.
-        wrong = [
-            hit
-            for answer in sorted(answers)
-            for hit in self.hits({"said": {answer}, "label": (labels & answers) - {answer}}, mistaken + len(shown))
-            if hit.record.uid not in shown
-        ]
-        wrong.sort(key=lambda hit: (-hit.similarity, hit.record.uid))
-        return [*found, *(("mistaken", hit) for hit in wrong[:mistaken])]
+        add("mistaken", mistaken, *({"said": {one}, "label": (labels & answers) - {one}} for one in sorted(answers)))
+        return found
+
+    @cached_property
+    def best(self) -> float:
+        """How similar the nearest of all cases is, whatever the filters."""
+        free = replace(self, query=replace(self.query, where={}, regions=None))
+        return max((hit.similarity for hit in free.hits({}, 1)), default=-np.inf)
 
     def hits(self, wanted: Mapping[str, set[Any]], count: int) -> list[Hit]:
         """The `count` nearest cases of which the filters and what is `wanted` hold, but none of the scan itself."""
@@ -117,9 +123,7 @@ class Nearest:
             if len(every) < ask or len(found) >= count:
                 break
             ask *= 2
-        if (regions := asked.regions) is not None:
-            found.sort(key=lambda hit: -late_interaction(regions, hit.record.regions))
-        return found[:count]
+        return sorted(found, key=self._rank)[:count]
 
     def itself(self, hit: Hit) -> bool:
         """Whether a case is of the scan itself: the same file, or the same to the network."""
@@ -148,6 +152,11 @@ class Nearest:
     def least(self) -> float:
         """The similarity of what is barely near."""
         return float(np.quantile(self.usual, FAR)) if len(self.usual) else -np.inf
+
+    def _rank(self, hit: Hit) -> tuple[float, str]:
+        regions = self.query.regions
+        score = hit.similarity if regions is None else late_interaction(regions, hit.record.regions)
+        return -score, hit.record.uid
 
     def _values(self, name: str) -> set[str]:
         return {getattr(record, name) for record in self.known} - {""}

@@ -109,8 +109,8 @@ class SimilarCaseSearch(Teller):
             return _nothing("No case of the library is as was asked for.")
         if nearest.best < nearest.least:
             return _nothing(
-                f"No case of the library is near this scan: its nearest is less similar ({nearest.best:.3f}) than those "
-                f"of {1 - FAR:.0%} of the cases are to theirs ({nearest.least:.3f} or more)."
+                f"No case of the library is near this scan: its nearest is less similar ({nearest.best:.3f}) than "
+                f"those of {1 - FAR:.0%} of the cases are to theirs ({nearest.least:.3f} or more)."
             )
         cases, missed = [], [0.0]
         for i, (role, hit) in enumerate(found):
