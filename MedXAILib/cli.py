@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from MedXAILib import __version__
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
 from MedXAILib.plain_text import plain, visible
+from MedXAILib.study import commands as study
 
 if TYPE_CHECKING:
     from MedXAILib.explanation import Explanation, SaliencyMap
@@ -83,6 +84,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(study.app, name="study")
 
 
 class Format(str, Enum):
