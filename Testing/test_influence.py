@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from math import comb
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from captum.influence import TracInCPFast
+from conftest import oblique_affine
+from safetensors.torch import save_file
+from scipy.stats import pearsonr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -16,12 +23,18 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import MedXAILib as mx
+from MedXAILib.cases import teaching
+from MedXAILib.cases.record import SCAN, Record
+from MedXAILib.cases.spaces import SPACES, fingerprint, said
 from MedXAILib.engines.last_layer import LastLayer
 from MedXAILib.engines.per_sample_gradients import per_sample_gradients
 from MedXAILib.engines.projection import projected
 from MedXAILib.engines.training_gradients import TrainingGradients, trak
 from MedXAILib.run import Run
-from MedXAILib.trust import data_attribution
+from MedXAILib.trust import data_attribution, telling
+
+pytest.importorskip("lancedb")
+from MedXAILib.cases.library import Embedder, Library
 
 CLASSES = ("none", "benign", "malignant")
 
@@ -271,3 +284,297 @@ def test_shapley_values_of_neighbours_are_their_definition():
             assert found[i, q] == pytest.approx(expected)
     votes = data_attribution.neighbour_votes(np.array([[0.9], [0.4]]), np.array([[True], [False]]))
     assert votes.tolist() == [[0.9], [-0.4]]
+
+
+class Small(nn.Module):
+    """Looks at blocks of 2 x 2 x 2 voxels and takes the mean of what it finds there."""
+
+    def __init__(self, outputs: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.found = nn.Conv3d(1, 4, 2, stride=2)
+        self.head = nn.Linear(4, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.found(x).relu().mean((2, 3, 4)))
+        return answer
+
+
+def small_model(outputs: int = 3, **known: Any) -> mx.Model:
+    return mx.Model(Small(outputs), **{"class_names": CLASSES, "layers": ("found",), "channels": 1, **known})
+
+
+def scans(count: int, seed: int) -> list[mx.Volume]:
+    """Scans of three classes, on an oblique, anisotropic grid."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(3, 1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
+    noise = 0.6 * torch.randn(count, 1, 4, 6, 6, generator=generator)
+    return [mx.Volume(noise[i] + patterns[i % 3], oblique_affine()) for i in range(count)]
+
+
+def library_of(folder: Path, model: mx.Model, labels: Sequence[str]) -> Library:
+    """A library of as many scans, in files, as there are labels; two of each patient."""
+    vectors, records = {}, []
+    for i, (volume, label) in enumerate(zip(scans(len(labels), 0), labels, strict=True)):
+        spaces = ("plain", "gradient") if model.task in ("classification", "regression") else ("plain",)
+        vectors = {name: SPACES[name].embed(model, volume.data[None], [label])[0].numpy() for name in spaces}
+        with torch.no_grad():
+            (says,) = said(model, model.forward(volume.data[None]))
+        meta = {"size": float(i), "site": "left" if i % 2 else "right", SCAN: volume.fingerprint}
+        known = {"label": label, "said": says, "meta": meta, "volume": f"{i:02d}.nrrd"}
+        records.append(Record(f"case {i:02d}", f"patient {i // 2}", vectors=vectors, **known))
+    metrics = {name: SPACES[name].metric for name in vectors}
+    sizes = {name: (len(vector), metrics[name]) for name, vector in vectors.items()}
+    library = Library.create(folder / "library", Embedder(fingerprint(model), "", "Small", sizes))
+    for i, volume in enumerate(scans(len(labels), 0)):
+        sitk.WriteImage(volume.to_sitk(), str(folder / "library" / f"{i:02d}.nrrd"))
+    library.add(records)
+    return library
+
+
+LABELS = [CLASSES[i % 3] for i in range(36)]
+
+
+@pytest.fixture
+def model() -> mx.Model:
+    return small_model()
+
+
+@pytest.fixture
+def library(tmp_path: Path, model: mx.Model) -> Library:
+    return library_of(tmp_path, model, LABELS)
+
+
+def ask(model: mx.Model, library: Library, target: Any = "malignant", **parameters: Any) -> mx.SimilarCases:
+    (volume,) = parameters.pop("volume", scans(1, 5))
+    found = mx.tell(model, volume, "influence", target, library=library.path, **parameters)
+    assert isinstance(found, mx.SimilarCases)
+    return found
+
+
+def by_uid(found: mx.SimilarCases) -> dict[str, float]:
+    return {case.uid: case.similarity for case in found.cases}
+
+
+def known_features(model: mx.Model, volumes: Sequence[mx.Volume]) -> np.ndarray:
+    with torch.no_grad():
+        found = model.network.found(torch.stack([v.data for v in volumes])).flatten(2)
+    return torch.cat([found.mean(2), found.amax(2)], 1).double().numpy()
+
+
+def test_cases_are_those_without_which_the_score_changes(model: mx.Model, library: Library) -> None:
+    cases, query = known_features(model, scans(36, 0)), known_features(model, scans(1, 5))
+    middle, spread = cases.mean(0), cases.std(0)
+    x, q, y = (cases - middle) / spread, (query - middle) / spread, np.arange(36) % 3
+
+    def score(keep: np.ndarray) -> float:
+        head = LogisticRegression(C=1 / (36 * 0.2), fit_intercept=False, tol=1e-10, max_iter=1000)
+        head.fit(np.c_[x[keep], np.ones(keep.sum())], y[keep])
+        return float(head.decision_function(np.c_[q, [1.0]])[0, 2])
+
+    everything = np.ones(36, dtype=bool)
+    changes = {f"case {i:02d}": score(everything) - score(everything & (np.arange(36) != i)) for i in range(36)}
+    found = ask(model, library, damping=0.2, count=36)
+    influences = by_uid(found)
+    assert set(influences) == set(changes)
+    pairs = np.array([[influences[uid], changes[uid]] for uid in changes])
+    assert pearsonr(*pairs.T).statistic > 0.99
+    assert np.abs(pairs[:, 0] - pairs[:, 1]).max() < 0.1 * np.abs(pairs[:, 1]).max()
+    assert found.scored == "influence on the logit of malignant"
+    signs = [(case.role, case.similarity > 0) for case in found.cases]
+    assert set(signs) == {("helpful", True), ("harmful", False)}
+    sizes = [[abs(c.similarity) for c in found.cases if c.role == role] for role in ("helpful", "harmful")]
+    assert all(of == sorted(of, reverse=True) for of in sizes)
+    first = found.cases[0]
+    assert first.label == LABELS[int(first.uid[-2:])] and first.numbers["size"] == float(first.uid[-2:])
+    assert first.volume is not None and first.volume.shape == (4, 6, 6)
+    # What the cases of each class add, which the text sums up.
+    total = sum(influences[f"case {i:02d}"] for i in range(2, 36, 3))
+    assert f"12 malignant {total:+.2g}" in found.text
+    assert "36 cases" in found.text and "learnt anew" in found.provenance.notes[0]
+
+
+def test_the_lead_over_another_class_is_the_difference(model: mx.Model, library: Library) -> None:
+    one, other, lead = (
+        by_uid(ask(model, library, target, count=36))
+        for target in ("malignant", "benign", mx.ClassTarget("malignant", versus="benign"))
+    )
+    for uid, influence in lead.items():
+        assert influence == pytest.approx(one[uid] - other[uid], abs=1e-8)
+
+
+@pytest.mark.parametrize("by", ["tracin", "trak"])
+def test_gradients_at_checkpoints(model: mx.Model, library: Library, tmp_path: Path, by: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MEDXAI_HOME", str(tmp_path / "home"))
+    networks = [Small(seed=3), Small(seed=4)]
+    (tmp_path / "weights").mkdir()
+    save_file(networks[0].state_dict(), tmp_path / "weights" / "1.safetensors")
+    torch.save({"network": networks[1].state_dict()}, tmp_path / "weights" / "2.pt")
+    asked = {"by": by, "checkpoints": str(tmp_path / "weights"), "length": 0, "count": 36, "damping": 0.01}
+    found = by_uid(ask(model, library, **asked))
+    expected = np.zeros(36)
+    for network in networks:
+
+        def flat(value: Tensor, network: nn.Module = network) -> np.ndarray:
+            network.zero_grad()
+            value.backward()
+            return np.concatenate([p.grad.numpy().ravel() for p in network.parameters()]).astype(float)
+
+        q = flat(network(scans(1, 5)[0].data[None])[0, 2])
+        phi, left = [], []
+        for volume, label in zip(scans(36, 0), LABELS, strict=True):
+            p = network(volume.data[None]).softmax(1)[0, CLASSES.index(label)]
+            left.append(1 - float(p.detach()))
+            phi.append(flat((p / (1 - p)).log()))
+        kernel = np.eye(len(q))
+        if by == "trak":
+            gram = np.array(phi).T @ np.array(phi)
+            kernel = np.linalg.inv(gram + 0.01 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        expected += np.array(phi) @ kernel @ q * np.array(left) / 2
+    assert len(found) > 30
+    for uid, influence in found.items():
+        assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3, abs=1e-5 * np.abs(expected).max())
+    # What was computed is there the next time, though no scan is.
+    for i in range(36):
+        (Path(library.path) / f"{i:02d}.nrrd").unlink()
+    assert by_uid(ask(model, library, **asked)) == found
+    with pytest.raises(mx.MedXAIError, match="None of the 36 cases"):
+        ask(model, library, **{**asked, "length": 8})
+
+
+def test_stored_gradients_are_searched(model: mx.Model, library: Library) -> None:
+    everything = ask(model, library, by="trak", count=36)
+    vectors = library.matrix("gradient")[1].astype(float)
+    gradients = TrainingGradients(model)
+    with model.ready():
+        asked = gradients.asked(scans(1, 5)[0].data[None], lambda output: output[:, 2], Run())
+    moves = vectors[:, :-1] / vectors[:, -1:]
+    kernel = moves.T @ moves
+    kernel += 0.1 * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
+    expected = vectors[:, :-1] @ np.linalg.solve(kernel, asked)
+    for uid, influence in by_uid(everything).items():
+        assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3)
+    some = ask(model, library, by="trak", count=2, where=("label=none|benign", "size=..20"), patient="patient 0")
+    allowed = [i for i in range(36) if i % 3 < 2 and i <= 20 and i // 2 != 0]
+    best = sorted(allowed, key=lambda i: -expected[i])
+    assert [int(c.uid[-2:]) for c in some.cases if c.role == "helpful"] == best[:2]
+    assert [int(c.uid[-2:]) for c in some.cases if c.role == "harmful"] == best[::-1][:2]
+
+
+def test_filters_and_the_scan_itself(model: mx.Model, library: Library) -> None:
+    asked = {"count": 36, "where": ("site=left",), "patient": "patient 3"}
+    some, everything = by_uid(ask(model, library, **asked)), by_uid(ask(model, library, count=36))
+    left = {f"case {i:02d}" for i in range(36) if i % 2 and i // 2 != 3}
+    assert some == {uid: influence for uid, influence in everything.items() if uid in left}
+    found = ask(model, library, volume=[scans(36, 0)[8]], count=36)
+    assert "case 08" not in by_uid(found) and len(by_uid(found)) == 35
+    assert any("in the library itself" in note for note in found.provenance.notes)
+
+
+def test_computed_again_it_is_the_same(model: mx.Model, library: Library) -> None:
+    found = ask(model, library)
+    again = mx.recompute(found, model, scans(1, 5)[0])
+    assert by_uid(again) == by_uid(found)
+    version = library.version
+    library.remove(["case 00"])
+    assert by_uid(mx.recompute(found, model, scans(1, 5)[0])) == by_uid(found)
+    assert found.provenance.parameters["version"] == version
+    assert by_uid(ask(model, library)) != by_uid(found)
+
+
+def test_a_value_is_explained_too(tmp_path: Path) -> None:
+    model = small_model(1, task="regression", class_names=("size",))
+    values = np.random.default_rng(0).normal(size=24).round(3)
+    library = library_of(tmp_path, model, [str(v) for v in values])
+    cases, query = known_features(model, scans(24, 0)), known_features(model, scans(1, 5))
+    middle, spread = cases.mean(0), cases.std(0)
+    x = np.c_[(cases - middle) / spread, np.ones(24)]
+    q = np.append((query[0] - middle) / spread, 1.0)
+    found = by_uid(ask(model, library, None, count=24))
+    for uid, influence in found.items():
+        keep = np.arange(24) != int(uid[-2:])
+        whole, without = (
+            q @ np.linalg.solve(x[k].T @ x[k] + 2.4 * np.eye(x.shape[1]), x[k].T @ values[k])
+            for k in (np.ones(24, dtype=bool), keep)
+        )
+        assert influence == pytest.approx(whole - without, abs=1e-5)
+    assert len(found) == 24
+
+
+def test_a_binary_network_has_one_score(tmp_path: Path) -> None:
+    model = small_model(1, class_names=("ill",))
+    library = library_of(tmp_path, model, [("not ill", "ill")[i % 2] for i in range(24)])
+    ill, well = (by_uid(ask(model, library, target, count=24)) for target in ("ill", "not ill"))
+    assert len(ill) == 24
+    assert all(well[uid] == pytest.approx(-influence, abs=1e-9) for uid, influence in ill.items())
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked", "error"),
+    [
+        ([""] * 6, {}, "fill the column 'label'"),
+        (["cyst"] * 6, {}, r"could have learnt \(none, benign, malignant\)"),
+        (LABELS, {"target": mx.ClassTarget("malignant", layer="head")}, "Use similar_cases"),
+        (LABELS, {"checkpoints": "nowhere.pt", "by": "trak"}, "no weights at 'nowhere.pt'"),
+    ],
+)
+def test_refused(tmp_path: Path, model: mx.Model, labels: list[str], asked: dict[str, Any], error: str) -> None:
+    library = library_of(tmp_path, model, labels)
+    with pytest.raises(mx.MedXAIError, match=error):
+        ask(model, library, **asked)
+
+
+def test_another_network_is_refused_and_pickles_are_not_opened(
+    model: mx.Model, library: Library, tmp_path: Path
+) -> None:
+    with pytest.raises(mx.MedXAIError, match="another network"):
+        ask(model.with_network(Small(seed=9)), library)
+    torch.save({"network": Small()}, tmp_path / "pickled.pt")
+    with pytest.raises(mx.MedXAIError, match="more than weights"):
+        ask(model, library, by="tracin", checkpoints=str(tmp_path / "pickled.pt"))
+
+
+def test_a_network_that_has_forgotten_is_asked_about_a_few(model: mx.Model, library: Library) -> None:
+    found = ask(model, library)
+    finding = telling.judge(found, model, scans(1, 5)[0])
+    assert 0 <= finding.values["likeness"] <= 1
+    among = ask(model, library, among=("case 01", "case 02", "case 03"), count=9)
+    assert set(by_uid(among)) == {"case 01", "case 02", "case 03"}
+
+
+def test_suspects_of_a_library(tmp_path: Path, model: mx.Model) -> None:
+    labels = list(LABELS)
+    wrong = {4: "none", 17: "benign", 30: "malignant"}
+    for i, label in wrong.items():
+        labels[i] = label
+    found = teaching.suspects(library_of(tmp_path, model, [*labels, ""]))
+    assert len(found) == 36
+    scores = {int(record.uid[-2:]): score for record, score in found}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    there = np.array([i in wrong for i in scores])
+    assert roc_auc_score(there, list(scores.values())) > 0.9
+    with pytest.raises(mx.MedXAIError, match="two labels"):
+        teaching.suspects(library_of(tmp_path / "one", model, ["none"] * 3))
+
+
+def test_groups_are_means_over_label_and_attribute() -> None:
+    meta = [{"size": 1.0, "site": "left"}, {"size": 2.0}, {"size": 3.0, "site": "right"}, {"size": 9.0, "site": "left"}]
+    records = [Record(str(i), "p", "ab"[i % 2], meta=one) for i, one in enumerate(meta)]
+    found = teaching.influence_by_group(records, np.array([[1.0, 3.0], [5.0, 5.0], [-2.0, 0.0], [4.0, 8.0]]))
+    told = {(g.label, g.what): (g.count, g.mean, g.sum) for g in found}
+    assert told == {
+        ("a", ""): (2, 0.5, 1.0),
+        ("b", ""): (2, 5.5, 11.0),
+        ("a", "size <= 2.5"): (1, 2.0, 2.0),
+        ("b", "size <= 2.5"): (1, 5.0, 5.0),
+        ("a", "size > 2.5"): (1, -1.0, -1.0),
+        ("b", "size > 2.5"): (1, 6.0, 6.0),
+        ("a", "site = left"): (1, 2.0, 2.0),
+        ("a", "site = right"): (1, -1.0, -1.0),
+        ("b", "site = left"): (1, 6.0, 6.0),
+    }
+    assert {g.what for g in teaching.influence_by_group(records, np.zeros(4), ("size",))} == {
+        "",
+        "size <= 2.5",
+        "size > 2.5",
+    }
