@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from MedXAILib.errors import MedXAIError
@@ -20,3 +22,15 @@ def path(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise MedXAIError(f"'{name}' is not part of this installation: reinstall MedXAI, or run from a complete checkout.")
+
+
+def user_folder() -> Path:
+    """Where MedXAI keeps what it makes for itself and can make again: MEDXAI_HOME, or the system's place for that."""
+    if told := os.environ.get("MEDXAI_HOME"):
+        return Path(told).expanduser().absolute()
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "MedXAI"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "MedXAI"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "medxai"

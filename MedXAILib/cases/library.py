@@ -11,19 +11,23 @@ import hashlib
 import hmac
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from MedXAILib.cases.recall import BEST, Metric, Sample, similarities, unit
 from MedXAILib.cases.record import NAMES, Hit, Record
 from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.run import Run
 from MedXAILib.volume import Volume, load_volume
 
-Metric = Literal["cosine", "dot"]
 Condition = str | float | tuple[float | None, float | None] | set[str] | set[float]
 Where = Mapping[str, Condition]
 """What must hold of a case, all of it: ``{"label": "malignant", "diameter_mm": (10, 20), "site": {"left", "right"}}``:
@@ -31,11 +35,20 @@ equal to, within (None is an open end), or one of. Names are those of `NAMES` an
 
 EXACT_BELOW = 200_000
 """Cases: of fewer, all are compared."""
+RECALL = 0.98
+"""Of the nearest cases, an index is to find so many."""
 
 _FORMAT = 1
 _TABLE, _KEYS = "cases", "pseudonyms"
 # Writers that met others at the same moment try again so often, each time on top of what those wrote.
 _TRIES = 50
+_FOREVER = timedelta(days=36500)
+# How many of the nearest parts of an index are looked into, and of how many times as many as asked for the similarity
+# is then computed anew.
+_PARTS, _REFINED = (16, 32, 64, 128, 256, 512), 5
+_SAMPLE, _GROWN = 200, 0.1
+# The index takes vectors of so many numbers, or a multiple: zeros are added, which change no similarity.
+_MULTIPLE = 8
 
 _T = TypeVar("_T")
 
@@ -68,6 +81,25 @@ class Embedder:
         return self.spaces[space][0]
 
 
+@dataclass(frozen=True)
+class Quality:
+    """How well one space is searched: the share of the 10 nearest cases that is found, and how long that takes."""
+
+    recall: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `Library.check` finds: the number of cases, the version, the quality of each space by name, and what is
+    wrong with scans, by path."""
+
+    cases: int
+    version: int
+    quality: Mapping[str, Quality]
+    wrong: Mapping[str, str]
+
+
 class Library:
     """Cases that one network embedded. It shows them as they were when it was opened, or when it last wrote itself."""
 
@@ -93,6 +125,13 @@ class Library:
             _key(database)
             table = database.create_table(_TABLE, schema=_schema(embedder))
         return cls(where, table, embedder)
+
+    @classmethod
+    def is_at(cls, path: str | Path) -> bool:
+        """Whether there is a library at `path`."""
+        where = _place(path)
+        with _told(where):
+            return _has_table(where)
 
     @classmethod
     def open(cls, path: str | Path, version: int | None = None) -> Library:
@@ -174,15 +213,20 @@ class Library:
             query = query.where(condition)
         with _told(self.path):
             found = query.to_arrow().sort_by("uid")
-        return list(_records(found))
+        return list(_records(found, self.embedder))
+
+    def uids(self) -> list[str]:
+        """Of all cases, in their order."""
+        with _told(self.path):
+            found: list[str] = self._table.search().select(["uid"]).to_arrow().sort_by("uid").column("uid").to_pylist()
+        return found
 
     def matrix(self, space: str) -> tuple[list[str], np.ndarray]:
         """The uids of all cases in their order, and their vectors in `space`, float32, (N, K)."""
         size = self.embedder.dimension(space)
         with _told(self.path):
             found = self._table.search().select(["uid", _column(space)]).to_arrow().sort_by("uid")
-        vectors = found.column(_column(space)).combine_chunks().flatten().to_numpy()
-        return found.column("uid").to_pylist(), vectors.reshape(-1, size)
+        return found.column("uid").to_pylist(), _vectors(found, space, size)
 
     def search(
         self,
@@ -206,12 +250,12 @@ class Library:
             MedXAIError: for a vector of another embedder or dimension, with NaN or all zero, and an unknown space.
         """
         asked = self._asked(vector, space, embedder)
-        query = self._table.search(asked, vector_column_name=_column(space)).limit(k)
-        query = query.distance_type(self.embedder.spaces[space][1])
+        parts = 0 if self._exact else self._tuned(space).get("parts", 0)
+        query = self._near(asked, space, k, parts)
         if condition := self._condition(where, not_patient):
             query = query.where(condition, prefilter=True)
         with _told(self.path):
-            found = list(_records(query.to_arrow()))
+            found = list(_records(query.to_arrow(), self.embedder))
         hits = [Hit(record, self.similarity(asked, record.vectors[space], space)) for record in found]
         return sorted(hits, key=_by_similarity)
 
@@ -235,19 +279,77 @@ class Library:
         if asked.ndim != 2:
             raise MedXAIError(f"Regions are (R, K), not {asked.shape}: give a vector for each.")
         found = self.search(asked.mean(0), first, "plain", where, not_patient, embedder)
-        asked = _unit(asked)
+        asked = unit(asked)
         hits = [
-            Hit(hit.record, float((asked @ _unit(hit.record.regions).T).max(1).mean()))
+            Hit(hit.record, float((asked @ unit(hit.record.regions).T).max(1).mean()))
             for hit in found
             if hit.record.regions is not None and len(hit.record.regions)
         ]
         return sorted(hits, key=_by_similarity)[:k]
 
     def similarity(self, vector: np.ndarray, other: np.ndarray, space: str) -> float:
-        """Of two vectors (K,) of `space`: their inner product, or the cosine between them."""
-        pair = np.stack([vector, other]).astype(np.float64)
-        a, b = pair if self.embedder.spaces[space][1] == "dot" else _unit(pair)
-        return float(a @ b)
+        """Of two vectors (K,) of `space`."""
+        a, b = np.asarray(vector, np.float64), np.asarray(other, np.float64)
+        return float(similarities(a[None], b[None], self.embedder.spaces[space][1])[0, 0])
+
+    def compact(self) -> None:
+        """Put together what many small additions left in pieces; no version is lost by it."""
+        self._write(lambda: self._table.optimize(cleanup_older_than=_FOREVER))
+
+    def index(self, run: Run) -> None:
+        """Of `EXACT_BELOW` cases and more, make the index by which they are searched; how many of its parts a search
+        looks into is raised until it finds `RECALL` of what comparing all would find. More cases are found without
+        being in it, and it is made anew when a tenth is.
+
+        The index keeps 8 bits of each number (RaBitQ, Gao and Long 2024), and the best are compared as they are. A
+        recall that stays below is a note of the run.
+        """
+        if self._exact:
+            return
+        for i, (space, (_, metric)) in enumerate(self.embedder.spaces.items()):
+            run.step(i, len(self.embedder.spaces), "Indexing the library")
+            if abs(len(self) - self._tuned(space).get("rows", 0)) <= _GROWN * len(self):
+                continue
+            self._write(partial(_make_index, self._table, _column(space), metric))
+            sample, recall = self._sample(space), 0.0
+            for parts in _PARTS:
+                recall = sample.recall(partial(self._similarities, space=space, parts=parts))
+                if recall >= RECALL:
+                    break
+            if recall < RECALL:
+                run.note(f"A search of '{space}' in '{self.path}' finds only {recall:.0%} of the {BEST} nearest cases.")
+            tuned = {"parts": parts, "recall": recall, "rows": len(self)}
+            change = {"path": _column(space), "metadata": {"medxai": json.dumps(tuned)}}
+            self._write(partial(self._table.update_field_metadata, change))
+
+    def check(self, run: Run, read: bool = False) -> Health:
+        """How well and how fast the library is searched, and which scans are not where they were, or, if they are to be
+        `read`, cannot be."""
+        quality: dict[str, Quality] = {}
+        for i, space in enumerate(self.embedder.spaces):
+            run.step(i, len(self.embedder.spaces), "Searching the library")
+            seconds: list[float] = []
+
+            def timed(vector: np.ndarray, space: str = space, seconds: list[float] = seconds) -> list[float]:
+                started = time.perf_counter()
+                hits = self.search(vector, BEST + 1, space)
+                seconds.append(time.perf_counter() - started)
+                return [hit.similarity for hit in hits]
+
+            recall = self._sample(space).recall(timed)
+            quality[space] = Quality(recall, 1000 * float(np.median(seconds or [0.0])))
+        wrong: dict[str, str] = {}
+        scans = {str(self.scan(record)): record for record in self.records(whole=False) if record.volume}
+        for i, (path, record) in enumerate(scans.items()):
+            run.step(i, len(scans), "Looking for the scans")
+            try:
+                if read:
+                    self.volume(record)
+                elif not Path(path).exists():
+                    wrong[path] = f"There is no file or folder '{path}'."
+            except MedXAIError as error:
+                wrong[path] = str(error)
+        return Health(len(self), self.version, quality, wrong)
 
     def volume(self, record: Record) -> Volume:
         """The scan of a case, read.
@@ -262,6 +364,34 @@ class Library:
     def scan(self, record: Record) -> Path:
         """Where the scan of a case is."""
         return Path(record.volume) if "://" in self.path else Path(self.path) / record.volume
+
+    def _near(self, asked: np.ndarray, space: str, k: int, parts: int) -> Any:
+        """What asks for the `k` rows nearest to `asked`: of all, or of those in as many `parts` of the index."""
+        query = self._table.search(_padded(asked[None])[0], vector_column_name=_column(space))
+        query = query.distance_type(self.embedder.spaces[space][1]).limit(k)
+        return query.nprobes(parts).refine_factor(_REFINED) if parts else query.bypass_vector_index()
+
+    def _similarities(self, asked: np.ndarray, space: str, parts: int) -> list[float]:
+        found = self._near(asked, space, BEST + 1, parts).select([_column(space)]).to_arrow()
+        size, metric = self.embedder.spaces[space]
+        similar: list[float] = similarities(asked[None], _vectors(found, space, size), metric)[0].tolist()
+        return similar
+
+    def _sample(self, space: str) -> Sample:
+        size, metric = self.embedder.spaces[space]
+        places = sorted(set(np.linspace(0, max(len(self) - 1, 0), _SAMPLE).astype(int).tolist()))
+        chosen = self._table.take_offsets(places if len(self) else []).select([_column(space)]).to_arrow()
+        batches = self._table.search().select([_column(space)]).to_batches(batch_size=8192)
+        return Sample.of(_vectors(chosen, space, size), (_vectors(batch, space, size) for batch in batches), metric)
+
+    @property
+    def _exact(self) -> bool:
+        return len(self) < EXACT_BELOW
+
+    def _tuned(self, space: str) -> dict[str, Any]:
+        """What is known of the index of a space; nothing where there is none."""
+        told = (self._table.schema.field(_column(space)).metadata or {}).get(b"medxai", b"{}")
+        return dict(json.loads(told))
 
     def _write(self, change: Callable[[], _T]) -> _T:
         if self._pinned:
@@ -335,16 +465,13 @@ class Library:
 def _schema(embedder: Embedder) -> Any:
     import pyarrow as pa
 
-    text = pa.string()
+    text, sizes = pa.string(), embedder.spaces.items()
     plain = embedder.spaces.get("plain", (1, "cosine"))[0]
     # By which one of two writers that add the same case at the same moment notices the other.
     key = {"lance-schema:unenforced-primary-key:position": "1"}
     fields = [
         *(pa.field(name, text, nullable=False, metadata=key if name == "uid" else None) for name in NAMES),
-        *(
-            pa.field(_column(s), pa.list_(pa.float32(), size), nullable=False)
-            for s, (size, _) in embedder.spaces.items()
-        ),
+        *(pa.field(_column(s), pa.list_(pa.float32(), k + -k % _MULTIPLE), nullable=False) for s, (k, _) in sizes),
         pa.field("regions", pa.list_(pa.list_(pa.float16(), plain))),
         # Apart, so that a number is never looked for in a text.
         pa.field("numbers", pa.json_(text)),
@@ -365,8 +492,8 @@ def _rows(records: Sequence[Record], embedder: Embedder) -> Any:
         return [json.dumps({n: v for n, v in r.meta.items() if isinstance(v, str) is (kind is str)}) for r in records]
 
     def vectors(space: str) -> Any:
-        flat = np.concatenate([record.vectors[space] for record in records])
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat), embedder.spaces[space][0])
+        values = _padded(np.stack([record.vectors[space] for record in records]))
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
     def regions(record: Record) -> list[np.ndarray] | None:
         return None if record.regions is None else list(record.regions.astype(np.float16))
@@ -384,21 +511,37 @@ def _rows(records: Sequence[Record], embedder: Embedder) -> Any:
     return pa.table(columns, schema=schema)
 
 
-def _records(found: Any) -> Iterator[Record]:
-    spaces = [name for name in found.column_names if name.startswith("vector: ")]
-    plain = "regions" in found.column_names
-    vectors = {s: found.column(s).combine_chunks().flatten().to_numpy().reshape(len(found), -1) for s in spaces}
-    rest = found.select([name for name in found.column_names if name not in vectors]).to_pylist()
-    for i, row in enumerate(rest):
+def _records(found: Any, embedder: Embedder) -> Iterator[Record]:
+    there = {s: k for s, (k, _) in embedder.spaces.items() if _column(s) in found.column_names}
+    vectors = {space: _vectors(found, space, size) for space, size in there.items()}
+    rows = found.drop_columns([_column(space) for space in there]).to_pylist()
+    for i, row in enumerate(rows):
         yield Record(
             **{name: row[name] for name in NAMES},
-            vectors={space.removeprefix("vector: "): values[i] for space, values in vectors.items()},
-            regions=np.array(row["regions"], np.float16) if plain and row["regions"] is not None else None,
+            vectors={space: values[i] for space, values in vectors.items()},
+            regions=None if row.get("regions") is None else np.array(row["regions"], np.float16),
             meta={**json.loads(row["numbers"]), **json.loads(row["texts"])},
             volume=row["volume"],
             region=row["region"] and tuple(row["region"]),
             thumbnail=row.get("thumbnail", b""),
         )
+
+
+def _vectors(found: Any, space: str, size: int) -> np.ndarray:
+    column = found.column(_column(space))
+    flat = (column.combine_chunks() if hasattr(column, "combine_chunks") else column).flatten()
+    return np.asarray(flat.to_numpy()).reshape(found.num_rows, size + -size % _MULTIPLE)[:, :size]
+
+
+def _padded(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (N, K), wider by zeros if need be."""
+    return np.pad(vectors, [(0, 0), (0, -vectors.shape[1] % _MULTIPLE)])
+
+
+def _make_index(table: Any, column: str, metric: Metric) -> Any:
+    from lancedb.index import IvfRq
+
+    return table.create_index(column, config=IvfRq(distance_type=metric, num_bits=8))
 
 
 def _column(space: str) -> str:
@@ -411,12 +554,6 @@ def _quoted(text: str) -> str:
 
 def _list(texts: Iterable[str]) -> str:
     return f"({', '.join(map(_quoted, texts))})"
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (N, K) of length one; those of length zero as they are."""
-    found = np.asarray(vectors, dtype=np.float64)
-    return found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-30)
 
 
 def _by_similarity(hit: Hit) -> tuple[float, str]:
