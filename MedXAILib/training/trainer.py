@@ -37,8 +37,9 @@ class Recipe:
     A batch is what `synthesise(backgrounds, count, seed)` makes, with `borderline=True` for a harder test; several
     threads call it at once. Every one is fresh, so an epoch is only the distance between two validations. `examine`
     makes the test, where that is of something else than what the network learns from. `repeat(backgrounds, count,
-    seed)` makes the batches, of the same few patches, where fresh ones take too long. `finish(network, batch)` is what
-    there is to do once with the weights that are kept, on the patches of the validation. `own(recipe, table)` is it for
+    seed)` makes the batches, of the same few patches, where fresh ones take too long. When the training is over, and
+    the best weights are back, `project(network, batches)` is called with the batches of its first epoch, then
+    `finish(network, batch)` with the patches of the validation. `own(recipe, table)` is it for
     a person's own data, if it can be (see `MedXAILib.training.table`).
     """
 
@@ -55,6 +56,7 @@ class Recipe:
     synthesise: Callable[..., Any] = synthesise
     examine: Callable[..., Any] | None = None
     repeat: Callable[..., Any] | None = None
+    project: Callable[[Any, Any], None] | None = None
     finish: Callable[[Any, Any], None] | None = None
     batch: int = 30
     learning_rate: float = 3e-3
@@ -145,6 +147,8 @@ def fit(
             _save(state, checkpoint)
     network.load_state_dict(weights)
     network.eval()
+    if recipe.project is not None:
+        recipe.project(network, map(batch, range(recipe.steps)))
     if recipe.finish is not None:
         recipe.finish(network, held_out)
     return network
