@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image
 from MedXAILib import resources
 from MedXAILib.cases.library import Embedder, Library
 from MedXAILib.cases.recall import Metric
-from MedXAILib.cases.record import Record
+from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, Plain, fingerprint, said
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory
 from MedXAILib.grid import transform
@@ -152,7 +152,8 @@ def _groups(model: Model, sources: Iterable[Source], left_out: Callable[[MedXAIE
     group: list[_Seen] = []
     for source in sources:
         try:
-            seen = model.prepare(load(source.volume), source.region)
+            scan = load(source.volume)
+            seen = model.prepare(scan, source.region)
         except MedXAIError as error:
             left_out(error)
             continue
@@ -160,7 +161,7 @@ def _groups(model: Model, sources: Iterable[Source], left_out: Callable[[MedXAIE
         if group and (full or seen.x.shape != group[0][1].x.shape):
             yield group
             group = []
-        group.append((source, seen))
+        group.append((replace(source, meta={**source.meta, SCAN: scan.fingerprint}), seen))
     if group:
         yield group
 
