@@ -12,7 +12,7 @@ import slicer  # noqa: E402
 import small_explanations  # noqa: E402
 from slicer_host import qt  # noqa: E402
 
-from MedXAISlicerLib import answers, cases, deleting, layouts  # noqa: E402
+from MedXAISlicerLib import answers, cases, deleting, display, layouts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,13 @@ def test_cards_show_the_cases_by_similarity(panel, node, answer):
     panel.show(node)
     known = answer.manifest["cases"]
     assert len(known) == 6
-    assert [card.text() for card in cards(panel)] == [
-        f"{case['label']}\nSimilarity {case['similarity']:.2f}" for case in known
-    ]
+    assert [card.text() for card in cards(panel)] == [f"{case['label']} {case['similarity']:.2f}" for case in known]
     for card, case in zip(cards(panel), known, strict=True):
         assert case["uid"] in card.toolTip() and case["source"] in card.toolTip()
         assert "not a probability" in card.toolTip()
-    assert panel.ui.summaryLabel.text == "6 cases: 4 malignant, 2 benign."
+    assert (
+        panel.ui.summaryLabel.text == "6 cases: 4 malignant, 2 benign. The number beside the label is the similarity."
+    )
     assert panel.ui.textLabel.isHidden()
     assert panel.ui.emptyLabel.isHidden()
 
@@ -131,11 +131,11 @@ def test_cards_are_in_the_order_of_similarity_whatever_the_order_of_the_cases(ho
 def test_icons_are_the_thumbnails(panel, node):
     panel.show(node)
     for index, card in enumerate(cards(panel)):
-        expected = cases.thumbnail(node, index, size=224)
+        expected = cases.thumbnail(node, index, size=248)
         for mode in (qt.QIcon.Normal, qt.QIcon.Selected):
-            image = card.icon().pixmap(224, 224, mode).toImage()
-            assert (image.width(), image.height()) == (224, 224)
-            for row, column in ((20, 112), (100, 60), (140, 120)):
+            image = card.icon().pixmap(248, 248, mode).toImage()
+            assert (image.width(), image.height()) == (248, 248)
+            for row, column in ((20, 124), (110, 66), (155, 132)):
                 assert image.pixelColor(column, row).getRgb()[:3] == tuple(expected[row, column])
 
 
@@ -214,7 +214,6 @@ def test_what_the_method_says_of_them_is_above_the_cards(panel, scan, answer):
     told = replace(answer, manifest={**answer.manifest, "text": said})
     panel.show(cases.addCases(scan, told))
     assert panel.ui.textLabel.text == said and not panel.ui.textLabel.isHidden()
-    assert panel.ui.textLabel.font.bold()
     panel.show(cases.addCases(scan, replace(told, manifest={**told.manifest, "cases": []})))
     assert panel.ui.emptyLabel.text == "<b>Nothing near: no case is as similar as &lt;99 %&gt; of the cases are.</b>"
     assert not panel.ui.emptyLabel.isHidden()
@@ -232,8 +231,9 @@ ROLES = [
 
 
 def rows(panel):
-    """The first line of each card and heading that is seen."""
-    return [card.text().split("\n")[0] for card in cards(panel) if not card.isHidden()]
+    """The label on each card that is seen, and each heading."""
+    seen = [card.text().split("\n")[0] for card in cards(panel) if not card.isHidden()]
+    return [text.split()[0] if text.split()[0] in ("benign", "malignant") else text for text in seen]
 
 
 @pytest.fixture
@@ -256,8 +256,9 @@ def test_cards_are_grouped_by_why_they_are_shown(panel, of_roles, answer):
     listed = [line for title, indices in expected.items() for line in (title, *(labels[i] for i in indices))]
     assert rows(panel) == listed
     texts = [card.text().split("\n") for card in cards(panel)]
-    assert texts[2][1:] == ["Influence on the logit 0.50", "diameter 12.3 mm", "points 2"]
-    assert texts[4][1] == "Influence on the logit 123"
+    assert texts[2] == [f"{labels[1]} 0.50", "diameter 12.3 mm", "points 2"]
+    assert texts[4] == [f"{labels[5]} 123"]
+    assert "Influence on the logit 123:" in cards(panel)[4].toolTip()
     tip = cards(panel)[2].toolTip()
     assert "third 3" in tip and "says the same" in tip
     assert "It says benign, the label is &lt;malignant&gt;." in cards(panel)[6].toolTip()
@@ -315,6 +316,15 @@ def test_filtered_case_leaves_the_comparison(host, panel, of_roles, answer):
     assert beside() == sorted(["Chest CT", f"malignant {answer.manifest['cases'][2]['uid']}"])
 
 
+def test_opacity_is_that_of_all_maps(panel, node):
+    panel.show(node)
+    assert panel.ui.opacitySlider.value == pytest.approx(display.OPACITY)
+    panel.ui.showBesideButton.click()
+    panel.ui.opacitySlider.value = 0.25
+    shown = [c for c in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode") if c.GetForegroundVolumeID()]
+    assert len(shown) >= 4 and all(c.GetForegroundOpacity() == 0.25 for c in shown)
+
+
 def test_where_there_is_nothing_to_tell_apart_there_is_no_filter(panel, node):
     panel.show(node)
     assert panel.ui.roleSelector.isHidden() and panel.ui.numberSelector.isHidden()
@@ -323,7 +333,7 @@ def test_where_there_is_nothing_to_tell_apart_there_is_no_filter(panel, node):
 
 def test_markup_in_a_label_is_shown_as_it_is(panel, scan, answer):
     panel.show(cases.addCases(scan, changed(answer, {"label": "<b>a & b</b>", "uid": "<i>1"})))
-    assert cards(panel)[0].text().startswith("<b>a & b</b>\n")
+    assert cards(panel)[0].text().startswith("<b>a & b</b> 0.")
     assert panel.ui.summaryLabel.textFormat == qt.Qt.PlainText
     assert "<b>a & b</b>" in panel.ui.summaryLabel.text
     assert "&lt;i&gt;1" in cards(panel)[0].toolTip()
@@ -383,7 +393,7 @@ def test_other_explanation_leaves_the_comparison(host, panel, scan, node, answer
     panel.show(other)
     assert layouts.current() is None
     assert not panel.ui.showBesideButton.checked
-    assert [card.text().split("\n")[0] for card in cards(panel)] == ["other"]
+    assert [card.text().split()[0] for card in cards(panel)] == ["other"]
     assert chosen(panel) == [0]
 
 

@@ -58,9 +58,9 @@ def test_steps_are_a_table_whose_flip_is_bold(panel, node):
     panel.show(node)
     table = panel.ui.stepsTable
     heads = [table.horizontalHeaderItem(i).text() for i in range(table.columnCount)]
-    assert heads == ["Step", "malignant", "benign", "diameter mm", "Remark"]
+    assert heads == ["Step", "Remark", "malignant", "benign", "diameter mm"]
     texts = [[table.item(r, c).text() for c in range(table.columnCount)] for r in range(table.rowCount)]
-    assert texts[2] == ["+1.5", "50%", "50%", "10.5", "the answer flips"]
+    assert texts[2] == ["+1.5", "the answer flips", "50%", "50%", "10.5"]
     assert [table.item(r, 0).font().bold() for r in range(4)] == [False, False, True, False]
     assert [table.item(r, 0).font().italic() for r in range(4)] == [False, False, False, True]
     assert panel.ui.textLabel.text == "At 10.5 mm the network says malignant."

@@ -154,16 +154,15 @@ def test_slicer_plays_it(app):
 def test_table_says_what_the_network_says_at_each_step(app):
     _, node, _ = add_traversal()
     titles = [node.GetColumnName(i) for i in range(node.GetNumberOfColumns())]
-    assert titles == ["Step", "malignant", "benign", "diameter mm", "Remark"]
+    assert titles == ["Step", "Remark", "malignant", "benign", "diameter mm"]
     rows = [[node.GetCellText(r, c) for c in range(5)] for r in range(4)]
-    assert [row[:4] for row in rows] == [
+    assert [[row[0], *row[2:]] for row in rows] == [
         ["-1", "10%", "90%", ""],
         ["+0", "30%", "70%", "9.25"],
         ["+1.5", "50%", "50%", "10.5"],
         ["+3", "70%", "30%", "11.8"],
     ]
-    assert [row[4] for row in rows[:3]] == ["", "this scan", "the answer flips"]
-    assert rows[3][4].startswith("strange")
+    assert [row[1] for row in rows] == ["", "this scan", "the answer flips", "strange"]
     text = results.part(node, "Summary").GetText()
     for words in ("At 10.5 mm the network says malignant.", "along: diameter", "the answer flips", "not for diagnosis"):
         assert words in text
@@ -186,7 +185,11 @@ def test_variants_are_beside_the_scan_and_move_with_it(app):
     assert layouts.current() == "variants"
     columns = shown(app.layout)
     variant, (change,) = results.part(node, "Variant"), results.maps(node)
-    expected = [("This scan", scan, None), ("Variant", variant, None), ("What is changed", variant, change)]
+    expected = [
+        ("This scan", scan, None),
+        ("Variant", variant, None),
+        ("Changed: orange added, blue removed", variant, change),
+    ]
     middle = (geometry.ijkToWorld(variant) @ (4.5, 3.5, 2.5, 1))[:3]
     for column, (label, volume, over) in zip(columns, expected, strict=True):
         assert [seen["orientation"] for seen in column] == ["Axial", "Coronal"]

@@ -31,14 +31,15 @@ def addCaption(volumeNode, answer):
     return textNode
 
 
-def addMap(node, name, volumeNode, array, title):
-    """Add an array (D, H, W) as one of the maps of an explanation, in the place of a volume and in the map colours.
+def addMap(node, name, volumeNode, array, title, limit=None):
+    """Add an array (D, H, W) as one of the maps of an explanation, in the place of a volume and in the map colours,
+    which end at `limit` where it is given.
 
     Returns its index among those under this name.
     """
     mapNode = results.addMapNode(volumeNode, array, title)
     mapNode.SetAttribute("MedXAI.Signed", str(int(array.min() < 0)))
-    display.colour(mapNode)
+    display.colour(mapNode, limit)
     return results.addPart(node, name, mapNode)
 
 

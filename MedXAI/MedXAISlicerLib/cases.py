@@ -45,9 +45,8 @@ def addingCases(volumeNode, answer):
     images = [answer.images[file] for file in said["files"]]
     query = None
     if said["query_map"] is not None:
-        query = captions.addMap(
-            tableNode, "Map", volumeNode, images[said["query_map"]][0], f"{volumeNode.GetName()} likeness to the cases"
-        )
+        title = f"{volumeNode.GetName()} likeness to the cases"
+        query = _addMap(tableNode, "Map", volumeNode, images[said["query_map"]][0], title)
     kept = []
     _keep(tableNode, said, kept)
     for case in said["cases"]:
@@ -58,9 +57,8 @@ def addingCases(volumeNode, answer):
             caseNode = _addVolume(volumeNode, *images[case["volume"]], f"{case['label']} {case['uid']}")
             indices["volume"] = results.addPart(tableNode, "CaseVolume", caseNode)
             if case["map"] is not None:
-                indices["map"] = captions.addMap(
-                    tableNode, "CaseMap", caseNode, images[case["map"]][0], f"{caseNode.GetName()} map"
-                )
+                title = f"{caseNode.GetName()} map"
+                indices["map"] = _addMap(tableNode, "CaseMap", caseNode, images[case["map"]][0], title)
         kept.append({**case, **indices})
         _keep(tableNode, said, kept)
         yield tableNode
@@ -129,10 +127,19 @@ def about(node):
     return lines
 
 
+def amounts(case):
+    """The numbers that are known of a case in words, those with a unit first."""
+    return [amount(*known) for known in sorted(case["numbers"].items(), key=lambda known: not _unit(known[0])[1])]
+
+
 def amount(name, value):
-    """A number that is known of a case in words: 12.3 of "diameter_mm" is "diameter 12.3 mm"."""
-    words, unit = re.fullmatch(r"(.*?)(?:[ _]\(?(mm|mL|HU|%)\)?)?", name).groups()
+    """A number in words: 12.3 of "diameter_mm" is "diameter 12.3 mm"."""
+    words, unit = _unit(name)
     return " ".join(filter(None, [words.replace("_", " "), f"{value:.3g}", unit]))
+
+
+def _unit(name):
+    return re.fullmatch(r"(.*?)(?:[ _]\(?(mm|mL|HU|%)\)?)?", name).groups()
 
 
 def _plane(volumeNode, case, size, outside):
@@ -171,13 +178,19 @@ def _keep(tableNode, said, kept):
     tableNode.SetAttribute("MedXAI.Cases", json.dumps({"scored": said["scored"], "text": said["text"], "cases": kept}))
 
 
+def _addMap(tableNode, name, volumeNode, array, title):
+    # Such a map is smooth, of few places: there are no stray voxels, and most of a nodule is above any percentile.
+    limit = float(np.abs(array).max()) or 1.0
+    return captions.addMap(tableNode, name, volumeNode, array, title, limit)
+
+
 def _addQueryMap(tableNode, volumeNode, array, uid):
     """Add where in the scan the likeness to one case lies, in a box about it: as many maps of whole scans would fill
     the memory. Returns its index among the maps."""
     where = np.argwhere(array)
     low, high = (where.min(0), where.max(0) + 1) if len(where) else (np.zeros(3, int), np.ones(3, int))
     box = array[tuple(map(slice, low, high))]
-    index = captions.addMap(tableNode, "Map", volumeNode, box, f"{volumeNode.GetName()} likeness to {uid}")
+    index = _addMap(tableNode, "Map", volumeNode, box, f"{volumeNode.GetName()} likeness to {uid}")
     corner = geometry.ijkToRas(volumeNode) @ (*low[::-1], 1)
     results.parts(tableNode, "Map")[index].SetOrigin(corner[:3])
     return index

@@ -304,7 +304,11 @@ def _variantColumns(nodes, _indices):
     scan, variant = (results.part(node, name) for name in ("Source", "Variant"))
     change = next(iter(results.maps(node)), None)
     place, width = cases.bounds(variant).mean(axis=1).tolist(), _width(variant)
-    shown = {"This scan": (scan, None), "Variant": (variant, None), "What is changed": (variant, change)}
+    shown = {
+        "This scan": (scan, None),
+        "Variant": (variant, None),
+        "Changed: orange added, blue removed": (variant, change),
+    }
     return [
         _column("variants", number, ("Axial", "Coronal"), label, _GROUP, *layers, place, width)
         for number, (label, layers) in enumerate(shown.items(), 1)

@@ -62,9 +62,11 @@ def columns(said):
         list(dict.fromkeys(name for step in steps for name in step[kind])) for kind in ("scores", "numbers")
     )
     found = {"Step": [f"{step['position']:+.3g}" for step in steps]}
+    found["Remark"] = [remark(said, index) for index in range(len(steps))]
     found |= {name: [_text(step["scores"].get(name), ".0%") for step in steps] for name in scores}
-    found |= {name.replace("_", " "): [_text(step["numbers"].get(name), ".3g") for step in steps] for name in numbers}
-    return {**found, "Remark": [remark(said, index) for index in range(len(steps))]}
+    return found | {
+        name.replace("_", " "): [_text(step["numbers"].get(name), ".3g") for step in steps] for name in numbers
+    }
 
 
 def remark(said, index):
@@ -72,7 +74,7 @@ def remark(said, index):
     remarks = {
         "this scan": index == _nearest(said["steps"]),
         "the answer flips": index == said["flipped"],
-        "strange: like no case that was learnt from": said["steps"][index]["strange"],
+        "strange": said["steps"][index]["strange"],
     }
     return ", ".join(words for words, holds in remarks.items() if holds)
 

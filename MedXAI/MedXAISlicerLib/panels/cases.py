@@ -11,7 +11,7 @@ import slicer
 import vtk
 from slicer.i18n import tr as _
 
-from MedXAISlicerLib import cases, layouts, results
+from MedXAISlicerLib import cases, display, layouts, results
 from MedXAISlicerLib.panels.panel import Panel
 
 # Why cases are shown: the headings of their cards.
@@ -45,6 +45,7 @@ class CasesPanel(Panel):
             selector.connect("currentIndexChanged(int)", self._filter)
         ui.numberSelector.connect("currentIndexChanged(int)", self._onNumber)
         ui.numberRangeWidget.connect("valuesChanged(double,double)", self._filter)
+        ui.opacitySlider.connect("valueChanged(double)", display.setOpacity)
         layoutNode = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLLayoutNode")
         if layoutNode is not None:
             self.addObserver(layoutNode, vtk.vtkCommand.ModifiedEvent, self._refreshButton)
@@ -67,9 +68,10 @@ class CasesPanel(Panel):
         self.ui.casesWidget.visible = bool(found)
         self.ui.textLabel.text = said["text"]
         self.ui.textLabel.visible = bool(said["text"])
-        self.ui.summaryLabel.text = _summary(found)
+        self.ui.summaryLabel.text = _summary(said)
         if isOther:
             self._fillFilters()
+            self.ui.opacitySlider.value = display.currentOpacity()
         self._fill(said["scored"])
         self._choose((layouts.comparedCases(node) or self._withImage()[:1]) if isOther else self._chosen)
         self._filter()
@@ -117,6 +119,8 @@ class CasesPanel(Panel):
         font = item.font()
         font.setBold(True)
         item.setFont(font)
+        # Without it Qt would grey what cannot be chosen.
+        item.setForeground(qt.QBrush(self.ui.casesList.palette.color(qt.QPalette.Text)))
         # Wider than any panel, so that it has a row of its own.
         item.setSizeHint(qt.QSize(4000, 2 * self.ui.casesList.fontMetrics().lineSpacing()))
         item.setTextAlignment(qt.Qt.AlignLeft | qt.Qt.AlignVCenter)
@@ -124,12 +128,11 @@ class CasesPanel(Panel):
 
     def _addCard(self, index, scored):
         casesList, case = self.ui.casesList, self._found[index]
-        numbers = [cases.amount(*number) for number in case["numbers"].items()]
-        likeness = _("{scored} {value}").format(scored=scored.capitalize(), value=_number(case["similarity"]))
-        casesList.addItem("\n".join([case["label"], likeness, *numbers[:_ON_CARD]]))
+        numbers = cases.amounts(case)
+        casesList.addItem("\n".join([f"{case['label']} {_number(case['similarity'])}", *numbers[:_ON_CARD]]))
         card = casesList.item(len(self._indices))
         card.setIcon(_icon(cases.thumbnail(self.node, index, size=2 * casesList.iconSize.width())))
-        card.setToolTip(_toolTip(case, likeness, numbers))
+        card.setToolTip(_toolTip(case, scored, numbers))
         if case["volume"] is None:
             card.setFlags(qt.Qt.ItemIsEnabled)
         self._indices.append(index)
@@ -231,20 +234,20 @@ class CasesPanel(Panel):
         self._compare(self._chosen if checked else [])
 
 
-def _summary(found):
-    """How many of the cases have which label."""
-    counts = Counter(case["label"] for case in found).most_common()
+def _summary(said):
+    """How many of the cases have which label, and what their number is."""
+    counts = Counter(case["label"] for case in said["cases"]).most_common()
     labels = ", ".join(_("{count} {label}").format(count=count, label=label) for label, count in counts)
-    return _("{count} cases: {labels}.").format(count=len(found), labels=labels)
+    text = _("{count} cases: {labels}. The number beside the label is the {scored}.")
+    return text.format(count=len(said["cases"]), labels=labels, scored=said["scored"])
 
 
-def _toolTip(case, likeness, numbers):
+def _toolTip(case, scored, numbers):
+    likeness = _("{scored} {value}: it is not a probability, and the label is that of the case, not of the scan.")
     lines = [
         _("Case {uid}").format(uid=case["uid"]) + (f", {case['source']}" if case["source"] else ""),
         *filter(None, [_ROLES[case["role"]], case["note"], ", ".join(numbers)]),
-        _("{likeness}: it is not a probability, and the label is that of the case, not of the scan.").format(
-            likeness=likeness
-        ),
+        likeness.format(scored=scored.capitalize(), value=_number(case["similarity"])),
     ]
     if case["volume"] is None:
         lines.append(_("Its image is not in the scene: it cannot be shown beside the scan."))

@@ -93,6 +93,7 @@ class VariantsPanel(Panel):
                 item.setFont(font)
                 table.setItem(row, column, item)
         table.resizeColumnsToContents()
+        table.resizeRowsToContents()
         # All rows are seen: the way is read at a glance.
         height = table.horizontalHeader().height + sum(table.rowHeight(row) for row in range(table.rowCount))
         table.setFixedHeight(min(height + 2 * table.frameWidth + 14, 420))
