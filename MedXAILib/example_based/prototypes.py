@@ -75,10 +75,10 @@ class PrototypeParts(Teller):
             there = network.looked(network.cases().to(question.x))
         run.cost.forwards += 1 + len(network.origins)
         run.step(1, 2, self.title)
-        similarities = looked.similarities.detach().requires_grad_()
-        score = bound.value(network.class_head(similarities))
-        (weights,) = question.gradients(score, [similarities])
-        points = (similarities * weights).detach()[0]
+        similarities = looked.similarities[0]
+        given = looked.similarities.clone().requires_grad_()
+        weights = question.gradients(bound.value(network.class_head(given)), [given])[0][0]
+        points = similarities * weights
         placed = _on(looked.masks * points.reshape(1, -1, 1, 1, 1), question.x.shape[2:])[0]
         maps = resample(placed, question.seen[0].affine, volume.shape, volume.affine)
         own = _on(there.masks, network.cases().shape[2:])
@@ -90,14 +90,10 @@ class PrototypeParts(Teller):
                 names,
                 own[i, i],
                 maps[i : i + 1],
-                {
-                    "similarity": float(similarities[0, i]),
-                    "weight": float(weights[0, i]),
-                    "points": float(points[i]),
-                },
+                {"similarity": float(similarities[i]), "weight": float(weights[i]), "points": float(points[i])},
             )
-            for i in sorted(range(len(points)), key=lambda i: -float(points[i].abs()))
-            if weights[0, i]
+            for i in points.abs().argsort(descending=True).tolist()
+            if weights[i]
         ]
         (value,) = question.values(question.x)
         missed = abs(float(value) - float(points.sum())) / max(abs(float(value)), 1e-6)

@@ -162,7 +162,7 @@ def _settled(similarities: Tensor, labels: Tensor, of: Tensor, count: int) -> Te
             weights = torch.tensor(values, requires_grad=True)
             value = F.cross_entropy((alike * weights) @ classes, labels) + _SPARSITY * weights.sum()
             (gradient,) = torch.autograd.grad(value, weights)
-        return float(value), gradient.numpy()
+        return float(value.detach()), gradient.numpy()
 
     found = minimize(cost, np.ones(count), jac=True, method="L-BFGS-B", bounds=[(0, None)] * count)
     return torch.from_numpy(found.x).float()

@@ -88,7 +88,8 @@ def judge(
 
 def likeness(one: Explanation, other: Explanation) -> float:
     """How alike two explanations of one kind are, 0 to 1: of captions ROUGE-L, of concepts the correlation of their
-    scores (sign aside; what has no score counts as 0), of similar cases the share that both name.
+    scores (sign aside; what has no score counts as 0), of similar cases the share that both name. Prototypes are always
+    the same: of them it is the share of the points that both give.
 
     Raises:
         MedXAIError: for explanations of other kinds.
@@ -101,6 +102,8 @@ def likeness(one: Explanation, other: Explanation) -> float:
         even = values.size == 0 or (values.min(axis=1) == values.max(axis=1)).any()
         return 0.0 if even else abs(float(np.corrcoef(values)[0, 1]))
     if isinstance(one, SimilarCases) and isinstance(other, SimilarCases):
+        if any(case.role == "prototype" for case in one.cases):
+            return _shared(*({case.uid: case.similarity for case in cases.cases} for cases in (one, other)))
         mine_too, theirs_too = ({case.uid for case in cases.cases} for cases in (one, other))
         return len(mine_too & theirs_too) / max(1, len(mine_too | theirs_too))
     raise MedXAIError(f"How alike {type(one).__name__} and {type(other).__name__} are has no measure.")
@@ -112,3 +115,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _scores(told: ConceptScores) -> Mapping[tuple[str, str], float]:
     return {(concept.name, concept.layer): concept.score or 0.0 for concept in told.concepts}
+
+
+def _shared(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """The share of points, of one sign, that both have in common."""
+    pairs = [(one.get(uid, 0.0), other.get(uid, 0.0)) for uid in {**one, **other}]
+    common = sum(min(abs(a), abs(b)) for a, b in pairs if a * b > 0)
+    return common / max(sum(max(abs(a), abs(b)) for a, b in pairs), 1e-12)
