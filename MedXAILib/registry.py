@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.example_based.capsules import Capsules
 from MedXAILib.example_based.influence import Influence
+from MedXAILib.example_based.prototypes import PrototypeParts
+from MedXAILib.example_based.rules import Rules
 from MedXAILib.example_based.similar_cases import SimilarCaseSearch
 from MedXAILib.explainer import Technique
 from MedXAILib.textual.captioning import Captioning
@@ -85,6 +87,8 @@ EXPLAINERS: dict[str, type[Technique]] = {
         RCV,
         Semantic,
         Capsules,
+        PrototypeParts,
+        Rules,
         SimilarCaseSearch,
         Influence,
     )
