@@ -53,7 +53,6 @@ class SimilarCaseSearch(Teller):
     paper: ClassVar[str] = "Silva 2020"
     kind: ClassVar[str] = "SimilarCases"
     bare: ClassVar[Mapping[str, Any]] = {"maps": False}
-    layered: ClassVar[bool] = True
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         "3.3",
         "example-based",
