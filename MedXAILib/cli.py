@@ -22,6 +22,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from MedXAILib import __version__
+from MedXAILib.cases import commands as cases
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
 from MedXAILib.plain_text import plain, visible
 from MedXAILib.study import commands as study
@@ -86,6 +87,7 @@ app = typer.Typer(
 )
 
 
+app.add_typer(cases.app, name="cases")
 app.add_typer(study.app, name="study")
 
 

@@ -125,7 +125,7 @@ def fill(library: Library, model: Model, sources: Sequence[Source], run: Run, ag
     ready: list[Record] = []
     done, written = 0, time.monotonic()
     try:
-        with model.keeping_last():
+        with model.ready(run.device), model.keeping_last():
             for group in _groups(model, wanted, left_out):
                 run.step(done + len(failed), len(wanted), "Embedding the scans")
                 for part in _embeddable(model, group, list(library.embedder.spaces), left_out):
@@ -269,7 +269,7 @@ def thumbnail(seen: Prepared, channel: int = 0) -> bytes:
     image = Volume(seen.x[channel : channel + 1], seen.affine).to_sitk()
     low, high = (float(end) for end in seen.x[channel].aminmax())
     plane = View("Axial", axes, middle, size / THUMBNAIL, THUMBNAIL).sample(image, low)
-    grey = (255 * (plane - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
+    grey = (255 * (plane.astype(float) - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "PNG")
     return file.getvalue()

@@ -80,6 +80,7 @@ def _real(folder: Path, model: Model) -> Iterator[Source]:
 
 
 def _computed(folder: Path, run: Run, rounds: int) -> Iterator[Source]:
+    run.step(0, rounds, "Computing nodules")
     backgrounds = Backgrounds.training()
     for i in range(rounds):
         run.step(i, rounds, "Computing nodules")

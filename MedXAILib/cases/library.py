@@ -24,7 +24,7 @@ import numpy as np
 
 from MedXAILib.cases.recall import BEST, Metric, Sample, similarities, unit
 from MedXAILib.cases.record import NAMES, Hit, Record
-from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.errors import MedXAIError, NotInstalled, unknown
 
 if TYPE_CHECKING:
     # Which bring PyTorch along; a process that only writes cases starts ten times as fast without.
@@ -387,7 +387,10 @@ class Library:
         places = sorted(set(np.linspace(0, max(len(self) - 1, 0), _SAMPLE).astype(int).tolist()))
         chosen = self._table.take_offsets(places if len(self) else []).select([_column(space)]).to_arrow()
         batches = self._table.search().select([_column(space)]).to_batches(batch_size=8192)
-        return Sample.of(_vectors(chosen, space, size), (_vectors(batch, space, size) for batch in batches), metric)
+        queries = _vectors(chosen, space, size)
+        # To a vector that is zero nothing is near.
+        queries = queries[queries.any(1)]
+        return Sample.of(queries, (_vectors(batch, space, size) for batch in batches), metric)
 
     @property
     def _exact(self) -> bool:
@@ -580,9 +583,10 @@ def _connect(where: str) -> Any:
     try:
         import lancedb
     except ImportError as error:
-        raise MedXAIError(
+        raise NotInstalled(
             "Libraries of cases need LanceDB: install it by pip install 'medxai[cases]'. There is none for Macs with "
-            "Intel processors."
+            "Intel processors.",
+            "lancedb>=0.40",
         ) from error
     return lancedb.connect(where)
 

@@ -50,7 +50,7 @@ class Sample:
     def recall(self, search: Callable[[np.ndarray], Sequence[float]]) -> float:
         """The share of the nearest that `search` finds, which gives the similarity of 1 + `BEST` cases to a vector
         (K,). To find the case itself is no merit."""
-        if self.nearest.shape[1] < 2:
+        if len(self.nearest) == 0 or self.nearest.shape[1] < 2:
             return 1.0
         shares = []
         for vector, nearest in zip(self.vectors, self.nearest, strict=True):
