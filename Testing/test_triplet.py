@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
-from itertools import product
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, ndcg_score
+from torch import Tensor, nn
 
+import MedXAILib as mx
+from MedXAILib import resources
 from MedXAILib.cases.spaces import Plain
+from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.networks.triplet import TripletEmbedding
+from MedXAILib.synthetic.lung_nodules import Backgrounds
+from MedXAILib.training import RECIPES, train, triplet
+from MedXAILib.training.bundle import Grid
+from MedXAILib.training.table import UNKNOWN, Patches, read_table
+from MedXAILib.training.trainer import fit
 from MedXAILib.training.triplet_loss import batch_hard, by_cue, distances, hierarchical, leading, violations
 
 MARGIN = 0.2
@@ -234,3 +249,181 @@ def test_the_search_goes_from_the_leading_cue_to_the_whole() -> None:
 
 
 # The recipe
+
+
+class Told(nn.Module):
+    """Says the same embeddings whatever it is shown, and searches them as the network does."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.head, self.embeddings = nn.Linear(1, 1), embeddings
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embeddings[images[:, 0, 0, 0, 0].long()]
+
+    def coarse_to_fine(self, queries: Tensor, cases: Tensor) -> Tensor:
+        return TripletEmbedding((2, 3), width=1).coarse_to_fine(queries, cases, first=12)
+
+
+def patches(table: Tensor) -> Patches:
+    """Nothing but numbered images that have these cues (N, C)."""
+    images = torch.arange(len(table)).float()[:, None, None, None, None]
+    labels = table[:, 0].nan_to_num(UNKNOWN).long()
+    return Patches(images, labels, table[:, 1:], None, ())
+
+
+def test_what_is_measured_agrees_with_scikit_learn() -> None:
+    """60 patches, more than are embedded at once, some with unknown sizes and none known of one class."""
+    embeddings, table = unit(60, seed=8), cues(60, 8)
+    table[table[:, 0] == 0, 1:] = math.nan
+    table[5, 0] = math.nan
+    found = triplet.measure(Told(embeddings), patches(table), {"class": 0.0, "size": 4.0, "side": 0.0})  # type: ignore[arg-type]
+    rows, similarity = table.tolist(), (embeddings @ embeddings.T).numpy()
+    first, precise, mean, gain, graded, fine = [], [], [], [], [], []
+    for a in range(60):
+        others = [k for k in range(60) if k != a]
+        alike = np.array([table[k, 0] == table[a, 0] for k in others])
+        score = similarity[a, others]
+        if not alike.any():
+            continue
+        best = np.argsort(-score)
+        first.append(alike[best[0]])
+        precise.append(alike[best[:10]].mean())
+        mean.append(average_precision_score(alike, score))
+        gain.append(ndcg_score([alike], [score], k=10))
+        # As many as are shared before one that is not, or is unknown.
+        grades = [next((i for i in range(3) if not abs(rows[a][i] - rows[k][i]) <= WITHIN[i]), 3) for k in others]
+        graded.append(ndcg_score([grades], [score], k=10))
+        kept = (F.normalize(embeddings[:, :2]) @ F.normalize(embeddings[a, :2], dim=0)).topk(12).indices.tolist()
+        fine.append(ndcg_score([alike], [np.where(np.isin(others, kept), score, -9)], k=10))
+    assert len(first) == 59
+    expected = {
+        "precision_1": first, "precision_10": precise, "map": mean, "ndcg": gain, "graded_ndcg": graded,
+        "coarse_ndcg": fine,
+    }  # fmt: skip
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(np.mean(values), abs=1e-6), name
+    spread = 1.96 * np.std(gain) / math.sqrt(len(gain))
+    assert found["ndcg_low"] == pytest.approx(found["ndcg"] - spread, abs=spread / 4)
+    assert found["ndcg_high"] == pytest.approx(found["ndcg"] + spread, abs=spread / 4)
+    known = table[:, 1].isfinite().numpy()
+    sizes, alone = table[known, 1].numpy(), similarity[known][:, known] - 9 * np.eye(known.sum())
+    means = [sizes[np.argsort(-row)[:10]].mean() for row in alone]
+    assert found["size_rank"] == pytest.approx(spearmanr(sizes, means).statistic)
+    levels = dict(zip(("class", "size", "side"), leading(table, WITHIN), strict=True))
+    for name, level in levels.items():
+        assert found[f"{name}_violations"] == pytest.approx(violations(torch.cdist(embeddings, embeddings), *level))
+
+
+def test_what_the_cases_do_not_show_is_not_measured() -> None:
+    """One of each class: none finds its like. Of one class: none can be out of order."""
+    one_each = triplet.measure(Told(unit(3)), patches(torch.tensor([[0.0], [1.0], [2.0]])), {"class": 0.0})  # type: ignore[arg-type]
+    assert one_each == {}
+    alike = triplet.measure(Told(unit(13)), patches(torch.zeros(13, 1)), {"class": 0.0})  # type: ignore[arg-type]
+    assert alike["precision_10"] == alike["map"] == alike["ndcg"] == 1 and "class_violations" not in alike
+
+
+def test_the_wall_is_what_is_dense_and_thicker_than_a_vessel() -> None:
+    images, masks = torch.full((4, 1, 40, 40, 40), 0.1), torch.zeros(4, 1, 40, 40, 40, dtype=torch.bool)
+    images[:3, :, :, 30:] = 0.8  # A wall of 10 voxels.
+    images[:, :, 10:13, :, 10:13] = 0.8  # A vessel.
+    images[1:3, :, 16:28, 16:28, 16:28] = 0.8  # A nodule,
+    masks[1, :, 16:28, 16:28, 16:28] = True  # which is known.
+    centres = torch.tensor([[20.0, 24.0, 20.0], [20.0, 22.0, 20.0], [20.0, 22.0, 20.0], [20.0, 20.0, 20.0]])
+    assert triplet.wall_mm(images, masks, centres).tolist() == [7.5, 10.0, 0.0, 25.0]
+    images[0, :, :, :25] = 0.8
+    assert triplet.wall_mm(images[:1], masks[:1], centres[:1]).tolist() == [0.0]
+
+
+def test_attributes_are_alike_within_half_their_spread_and_findings_when_they_are_the_same() -> None:
+    known = torch.tensor([[0.0, 4.0, 1.0], [1.0, 8.0, math.nan], [math.nan, math.nan, 1.0], [1.0, 12.0, 1.0]])
+    assert triplet.tolerances_of(known) == [0.0, pytest.approx(2.0), 0.0]
+
+
+def turned_all_ways(image: Tensor) -> list[Tensor]:
+    """An image (1, D, H, W) mirrored and with its first two axes swapped, by NumPy: 16 ways."""
+    axes = [axes for count in range(4) for axes in combinations((0, 1, 2), count)]
+    both = (image[0].numpy(), image[0].numpy().swapaxes(0, 1))
+    return [torch.from_numpy(np.flip(one, flipped).copy())[None] for one in both for flipped in axes]
+
+
+def test_batches_are_of_a_fixed_set_turned_this_way_and_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cued(backgrounds: None, count: int, seed: int) -> Patches:
+        images = torch.rand(count, 1, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+        return Patches(images, 100 * seed + torch.arange(count), images.amax((2, 3, 4)), None, ())
+
+    for name, value in (("cued", cued), ("_PARTS", 2), ("_PART", 3), ("_NOISE", 0.0)):
+        monkeypatch.setattr(triplet, name, value)
+    triplet._part.cache_clear()
+    fixed = [cued(None, 3, triplet._SEED + which) for which in (0, 1)]
+    known = {int(label): image for part in fixed for label, image in zip(part.labels, part.images, strict=True)}
+    turns = set()
+    for seed in range(40):
+        batch, again = (triplet.repeated(None, 5, seed) for _ in range(2))  # type: ignore[arg-type]
+        assert torch.equal(batch.images, again.images) and len(set(batch.labels.tolist())) == 5
+        for one, label, attributes in zip(batch.images, batch.labels, batch.attributes, strict=True):
+            image = known[int(label)]
+            assert float(attributes) == float(image.max())
+            found = {k for k, other in enumerate(turned_all_ways(image)) if torch.equal(other, one)}
+            assert len(found) == 1
+            turns |= found
+    assert len(turns) == 16
+    triplet._part.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 scans of as many patients: a ball, small or large, dark or bright."""
+    folder, generator = tmp_path_factory.mktemp("own"), torch.Generator().manual_seed(0)
+    axes = torch.stack(torch.meshgrid(*[torch.arange(24.0) - 11.5] * 3, indexing="ij"))
+    lines = ["volume,label,radius_mm,split"]
+    for i in range(48):
+        radius, *offset = (4.0 + 5 * torch.rand((), generator=generator), *(torch.rand(3, generator=generator) * 4 - 2))
+        ball = (axes - torch.tensor(offset)[:, None, None, None]).norm(dim=0) < radius
+        voxels = 0.1 + ball * (0.5, 0.7)[i % 2] + 0.1 * torch.randn(ball.shape, generator=generator)
+        sitk.WriteImage(sitk.GetImageFromArray(voxels.numpy()), str(folder / f"{i}.nrrd"))
+        split = ("train", "train", "validation", "test")[i // 2 % 4]
+        lines.append(f"{i}.nrrd,{('dark', 'bright')[i % 2]},{radius:.2f},{split}")
+    (folder / "cases.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "cases.csv"
+
+
+def test_a_persons_own_cases_are_learnt_in_seconds(own: Path, tmp_path: Path) -> None:
+    """The brightness by its name, and the size among those of the same brightness, of patients it never saw."""
+    table = read_table(own, Grid(24, 1.0, (0.0, 1.0)))
+    mine = RECIPES["lung-nodule-triplet"].own(RECIPES["lung-nodule-triplet"], table)  # type: ignore[misc]
+    mine = replace(mine, epochs=3, steps=20, batch=24)
+    data = table.read(mx.Run())
+    torch.manual_seed(0)
+    before = mine.measure(mine.network().eval(), data["test"])
+    after = mine.measure(fit(mine, data["train"], tmp_path / "c.pt", mx.Run(), data["validation"]), data["test"])
+    assert before["map"] < 0.8 and before["label_violations"] > 0.25
+    assert after["map"] > 0.88 and after["label_violations"] < 0.15 and after["radius_mm_violations"] < 0.05
+    assert after["precision_1"] == 1
+
+
+def test_the_bundle_of_a_person_says_what_is_alike(own: Path, tmp_path: Path) -> None:
+    table = read_table(own, Grid(24, 1.0, (0.0, 1.0)))
+    metrics = train("lung-nodule-triplet", tmp_path / "mine", mx.Run(), quick=True, data=table)
+    model = mx.load_model(tmp_path / "mine")  # Without trust.
+    assert model.task == "embedding" and model.patch_size == (24, 24, 24)
+    assert model.class_names[0] == "label 0" and model.class_names[-1] == "radius_mm 7"
+    patches = table.read(mx.Run())["test"]
+    with model.ready(), torch.no_grad():
+        embeddings = model.forward(patches.images)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(12))
+    nearest = (embeddings @ embeddings.T).fill_diagonal_(-9).argmax(1)
+    right = (patches.labels[nearest] == patches.labels).float().mean()
+    assert metrics["precision_1"] == pytest.approx(float(right), abs=1e-4)
+    card = (tmp_path / "mine" / "docs" / "README.md").read_text("utf-8")
+    known = [line.split(",") for line in own.read_text("utf-8").splitlines()]
+    half = np.std([float(radius) for *_, radius, split in known if split == "train"], ddof=1) / 2
+    assert f"**label**, then **radius_mm** (within {half:.3g})" in card and "chest_ct" not in card
+    assert "Output: an embedding of length 1" in card and "logits" not in card
+
+
+def test_every_row_needs_a_label(own: Path, tmp_path: Path) -> None:
+    wrong = own.with_name("wrong.csv")
+    wrong.write_text(own.read_text("utf-8").replace("dark", "", 1), encoding="utf-8")
+    with pytest.raises(MedXAIError, match=r"Row 2 .*'label': it is empty"):
+        train("lung-nodule-triplet", tmp_path / "out", mx.Run(), data=read_table(wrong, Grid(24, 1.0, (0.0, 1.0))))

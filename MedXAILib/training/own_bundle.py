@@ -9,10 +9,17 @@ from MedXAILib.training.table import SPLITS, Table
 
 
 def told_of(
-    table: Table, recipe: str, name: str, metrics: Mapping[str, float], task: str, does: str, meaning: str
+    table: Table,
+    recipe: str,
+    name: str,
+    metrics: Mapping[str, float],
+    task: str,
+    does: str,
+    meaning: str,
+    output: str = "logits",
 ) -> dict[str, Any]:
     """What `write_bundle` is told of a network called `name` that learnt from `table` by `recipe`: what it `does` with
-    a cube, and the `meaning` of `metrics` and of its output, in Markdown."""
+    a cube, what its `output` is, and the `meaning` of both it and `metrics`, in Markdown."""
     patients = len({case.patient for case in table.cases})
     return {
         "about": {
@@ -25,7 +32,7 @@ def told_of(
             "data_source": table.path.name,
             "data_type": "table",
         },
-        "card": _card(table, recipe, name, metrics, does, meaning),
+        "card": _card(table, recipe, name, metrics, does, meaning, output),
         "metrics": metrics,
         "grid": table.grid,
         "image": {"format": "magnitude", "modality": "not given"},
@@ -33,7 +40,9 @@ def told_of(
     }
 
 
-def _card(table: Table, recipe: str, name: str, metrics: Mapping[str, float], does: str, meaning: str) -> str:
+def _card(
+    table: Table, recipe: str, name: str, metrics: Mapping[str, float], does: str, meaning: str, output: str
+) -> str:
     low, high = table.grid.intensities
     tested = table.of("test")
     return _CARD.format(
@@ -42,6 +51,7 @@ def _card(table: Table, recipe: str, name: str, metrics: Mapping[str, float], do
         table=table.path.name,
         does=does,
         meaning=meaning,
+        output=output,
         counts=_counts(table),
         attributes=_attributes(table),
         patches=len(tested),
@@ -103,5 +113,6 @@ On the {patches} patches of {patients} patients of the test:
 - If patches were chosen about findings, nothing is known of places elsewhere.
 
 ## Reading it
-Input: axes (R, A, S) at {spacing:g} mm, {low:g} to {high:g} as 0 to 1, {size} x {size} x {size} voxels. Output: logits.
+Input: axes (R, A, S) at {spacing:g} mm, {low:g} to {high:g} as 0 to 1, {size} x {size} x {size} voxels.
+Output: {output}.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -25,10 +26,11 @@ from MedXAILib.training.trainer import Recipe
 from MedXAILib.training.triplet_loss import batch_hard, by_cue, distances, hierarchical, leading, violations
 from MedXAILib.trust.retrieval import interval, measured, ranking
 
-CUES = {"class": 0.0, "diameter_mm": 3.0, "wall_mm": 4.0}
+CUES = {"class": 0.0, "diameter_mm": 3.0, "spiculated": 0.0, "part_solid": 0.0, "calcified": 0.0, "wall_mm": 4.0}
 """What likeness means, the most important first, and up to which difference two patches share it."""
 
-_LEADING, _OTHER = 32, 16
+_LEADING, _OTHER = 24, 8
+_GLASS, _SOLID = 0.1, 0.9
 _OPEN_LUNG_MM = 25.0
 _WALL_HU, _VESSEL = -400.0, 7
 _PART, _PARTS = 30, 40
@@ -39,18 +41,27 @@ _NEAREST = 10
 
 def build() -> TripletEmbedding:
     """A network that sees as `lung_nodule` does, and has yet to learn what is alike."""
-    network = TripletEmbedding((_LEADING, _OTHER, _OTHER))
+    network = TripletEmbedding((_LEADING, *[_OTHER] * (len(CUES) - 1)))
     begin_as_shipped(network)
+    network.requires_grad_(False)
+    network.head.requires_grad_(True)
     return network
 
 
 def cued(backgrounds: Backgrounds, count: int, seed: int, borderline: bool = False) -> Patches:
-    """Patches whose attributes are the diameter (mm) and how far from a wall the middle of the nodule is (mm)."""
+    """Patches whose attributes are all of `CUES` but the class; NaN is all that a patch without a nodule has not."""
     made = synthesise(backgrounds, count, seed, borderline)
-    far = wall_mm(made.images, made.masks, made.centres)
-    far[made.labels == 0] = math.nan
-    diameter = made.attributes[:, ATTRIBUTES.index("diameter_mm")]
-    return Patches(made.images, made.labels, torch.stack([diameter, far], dim=1), None, ())
+    known = dict(zip(ATTRIBUTES, made.attributes.T, strict=True))
+    found = {
+        "diameter_mm": known["diameter_mm"],
+        "spiculated": known["spiculation"] > 0,
+        "part_solid": (known["solidity"] > _GLASS) & (known["solidity"] < _SOLID),
+        "calcified": known["calcification"] > 0,
+        "wall_mm": wall_mm(made.images, made.masks, made.centres),
+    }
+    attributes = torch.stack([found[name].float() for name in list(CUES)[1:]], dim=1)
+    attributes[made.labels == 0] = math.nan
+    return Patches(made.images, made.labels, attributes, None, ())
 
 
 def wall_mm(images: Tensor, masks: Tensor, centres: Tensor) -> Tensor:
@@ -106,6 +117,14 @@ def loss(network: TripletEmbedding, patches: Patches, cues: Mapping[str, float] 
     by_block = zip(network.split(embeddings), by_cue(known, tolerances), strict=True)
     blocks = torch.stack([batch_hard(block, same, other) for block, (same, other) in by_block])
     return hierarchical(embeddings, known, tolerances) + blocks.sum()
+
+
+def loss_above(network: TripletEmbedding, patches: Patches) -> Tensor:
+    """The `loss` of a network whose layers below the embedding stay as they are: on one patient they forget what the
+    classifier knew of others."""
+    network.eval()
+    network.standard.train()
+    return loss(network, patches)
 
 
 @torch.no_grad()
@@ -185,6 +204,8 @@ def own(recipe: Recipe, table: Table) -> Recipe:
         publish=partial(publish_own, table, cues),
         synthesise=augmented,
         repeat=None,
+        learning_rate=2e-3,
+        epochs=24,
     )
 
 
@@ -204,7 +225,8 @@ def publish(network: TripletEmbedding, metrics: dict[str, float], folder: Path) 
         "computed nodules, not pathology.",
         "intended_use": "Demonstration, teaching and tests of explanation methods. Not for diagnosis.",
     }
-    _write(folder, network, CUES, about=about, card=_CARD.format(**metrics), metrics=metrics)
+    told = defaultdict(lambda: math.nan, metrics)
+    _write(folder, network, CUES, about=about, card=_CARD.format_map(told), metrics=metrics)
 
 
 def publish_own(
@@ -213,7 +235,9 @@ def publish_own(
     """Write the bundle of a network that learnt from `table`."""
     shared = [f"**{name}**" + (f" (within {within:.3g})" if within else "") for name, within in cues.items()]
     does = f"says what it is like: {', then '.join(shared)}"
-    told = told_of(table, "lung-nodule-triplet", folder.name, metrics, "Embedding", does, _OWN)
+    told = told_of(
+        table, "lung-nodule-triplet", folder.name, metrics, "Embedding", does, _OWN, "an embedding of length 1"
+    )
     _write(folder, network, cues, **told)
 
 
@@ -241,29 +265,94 @@ def _write(folder: Path, network: TripletEmbedding, cues: Iterable[str], **told:
     )
 
 
-_CARD = """
+_CARD = """# Lung nodule embedding
+
+Turns a cube of 50 mm of chest CT into 64 numbers, so that cubes with nodules alike are near each other: of the same
+class first, then of the same size, then of the same kind, then in the same place. It exists so that searching for
+similar cases can be tried, taught and tested. Where two cases are alike can be read off exactly: their similarity is a
+sum over places of either.
+
+**"Malignant" is a rule, not pathology.** The network was trained on nodules that were computed into a real CT; the card
+of `lung_nodule` has the rule. No radiologist or pathologist was asked. Never use it for a patient.
+
+## What is alike
+Cues, the most important first (a triplet network with several cues, as in Yan et al. 2018): the class (none, benign,
+malignant); the diameter, within 3 mm; spiculated, part-solid, calcified, or not; and how far the nodule is from the
+wall of the lung, within 4 mm. Patches are flipped and transposed, so that no side and no lobe can be told in them: the
+wall is the only place that they have. The first 24 numbers are for the class, 8 each for the other cues. `first 100`
+below is the search from coarse to fine: the first hundred by the class alone, in the order of the whole.
+
+## Trained on
+The layers below the embedding are those of `lung_nodule` and stayed as they are. On their means and maxima a linear
+layer was trained, on 1200 patches of one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD
+3-Clause), its own 48 mL mass left out, a third of the patches of each class, only clear cases (|logit| > 1.4); with
+flips and noise. The loss asks that who shares more of the leading cues is nearer (batch-hard as in Hermans et al. 2017,
+for every number of leading cues), and the same of each block and its own cue.
+`medxai train lung-nodule-triplet` makes this bundle again ({seconds:.0f} s when this one was made).
+
+## Measured
+On computed nodules in the CT of another patient (`chest_ct_nodule.nrrd`, lung1), 450 patches each; each patch asks, all
+the others may be found:
+
+| | clear cases | with borderline cases (\\|logit\\| > 0.8) |
+|---|---|---|
+| class: nDCG of the first ten | {ndcg:.3f} ({ndcg_low:.3f} to {ndcg_high:.3f}) | {borderline_ndcg:.3f} \
+({borderline_ndcg_low:.3f} to {borderline_ndcg_high:.3f}) |
+| class: nDCG, first 100 by the class alone | {coarse_ndcg:.3f} | {borderline_coarse_ndcg:.3f} |
+| class: the nearest is right | {precision_1:.3f} | {borderline_precision_1:.3f} |
+| class: share of the first ten that is right | {precision_10:.3f} | {borderline_precision_10:.3f} |
+| class: mean average precision | {map:.3f} | {borderline_map:.3f} |
+| leading cues shared: nDCG of the first ten | {graded_ndcg:.3f} | {borderline_graded_ndcg:.3f} |
+| diameter: rank correlation with the mean of the ten nearest | {diameter_mm_rank:.3f} | \
+{borderline_diameter_mm_rank:.3f} |
+| spiculated: the same | {spiculated_rank:.3f} | {borderline_spiculated_rank:.3f} |
+| part-solid: the same | {part_solid_rank:.3f} | {borderline_part_solid_rank:.3f} |
+| calcified: the same | {calcified_rank:.3f} | {borderline_calcified_rank:.3f} |
+| distance from the wall: the same | {wall_mm_rank:.3f} | {borderline_wall_mm_rank:.3f} |
+| triplets in the wrong order, by class | {class_violations:.3f} | {borderline_class_violations:.3f} |
+| ... by class and diameter | {diameter_mm_violations:.3f} | {borderline_diameter_mm_violations:.3f} |
+| ... by all cues | {wall_mm_violations:.3f} | {borderline_wall_mm_violations:.3f} |
+
+BASELINES
+
+The real nodule of lung1 (1.36 mL, 13.7 mm if it were a ball), which no training saw: of the ten nearest of 90 computed
+patches in lung2, {real_malignant:.0%} are "malignant", and the mean diameter is {real_diameter_mm:.1f} mm.
+
+## Limits
+- The class decides: what little is known of the place is hardly seen in the whole. Search the last 8 numbers alone for
+  it; they know little, too.
+- The classifier below is wrong about one patch in twenty, and the embedding is as wrong about their class.
+- One patient to train on, one to test on, one real nodule: an illustration, not a performance claim. All patches of a
+  patient are of one scan.
+- Nodules of 7 to 24 mm in lung. The scans have slices of 5 mm. Contrast agent, other kernels and other diseases were
+  never seen.
+
+## Reading it
+Input: CT in RAS orientation at 1.25 mm, -1000..400 HU to 0..1, 40 x 40 x 40 voxels (any size from 24 works). Output: an
+embedding of length 1; compare two by their scalar product. `python -m monai.bundle run` takes every file as one patch:
+give it cubes of 50 mm.
 """
 
 _OWN = """`precision_1`, `precision_10`, `map` and `ndcg` (of the first ten, with a 95 % interval) say how well each
 case of the test finds those of its own label among all others; `coarse_ndcg` is that of a search from coarse to fine,
 and `graded_ndcg` counts how many of the leading cues are shared. `violations` is the share of triplets in which a case
 that shares a cue and all before it is not nearer than one that does not, `rank` Spearman's correlation of a case's
-value and the mean of its ten nearest. The output is an embedding of length 1."""
+value and the mean of its ten nearest."""
 
 RECIPE = Recipe(
     name="lung-nodule-triplet",
     network=build,
-    loss=loss,
+    loss=loss_above,
     measure=measure,
     real=real,
     score="graded_ndcg",
     publish=publish,
     own=own,
-    epochs=10,
+    epochs=8,
     steps=40,
     synthesise=cued,
     repeat=repeated,
     batch=60,
-    learning_rate=2e-3,
-    patience=10,
+    learning_rate=1e-2,
+    patience=8,
 )
