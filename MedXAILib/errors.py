@@ -26,6 +26,14 @@ class Untrusted(MedXAIError):
         self.code = code
 
 
+class NotInstalled(MedXAIError):
+    """A package is missing that only some methods need: `requirement` is what pip has to install."""
+
+    def __init__(self, message: str, requirement: str = "") -> None:
+        super().__init__(message)
+        self.requirement = requirement
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> MedXAIError:
     """The error for a name that does not exist, with the nearest names that do."""
     names = list(known)

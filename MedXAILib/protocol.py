@@ -15,13 +15,14 @@ from uuid import uuid4
 import numpy as np
 
 from MedXAILib import __version__
-from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, Untrusted
+from MedXAILib.errors import Cancelled, MedXAIError, NotInstalled, OutOfMemory, Untrusted
 
 PROTOCOL = 2
 
 ERRORS: dict[str, type[MedXAIError]] = {
     "cancelled": Cancelled,
     "untrusted": Untrusted,
+    "not_installed": NotInstalled,
     "out_of_memory": OutOfMemory,
     "refused": MedXAIError,
 }
@@ -142,4 +143,8 @@ def check(other: dict[str, Any]) -> None:
 def error(message: dict[str, Any]) -> MedXAIError:
     """The error that a message of type "error" tells of."""
     kind = ERRORS.get(message["kind"], MedXAIError)
-    return Untrusted(message["message"], message["code"]) if kind is Untrusted else kind(message["message"])
+    if kind is Untrusted:
+        return Untrusted(message["message"], message["code"])
+    if kind is NotInstalled:
+        return NotInstalled(message["message"], message["requirement"])
+    return kind(message["message"])

@@ -27,7 +27,7 @@ import torch
 
 from MedXAILib import protocol
 from MedXAILib.description import describe
-from MedXAILib.errors import MedXAIError, Untrusted, unknown
+from MedXAILib.errors import MedXAIError, NotInstalled, Untrusted, unknown
 from MedXAILib.explanation import Provenance, SaliencyMap
 from MedXAILib.loading import load_model
 from MedXAILib.memory_ladder import within_memory
@@ -339,7 +339,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _described(error: Exception) -> dict[str, Any]:
-    """An error as the client gets it: its kind, one line, and the code of a model that is not trusted."""
+    """An error as the client gets it: its kind, one line, and the code of a model that is not trusted or what pip has
+    to install."""
     kinds = (kind for kind, type_ in protocol.ERRORS.items() if isinstance(error, type_))
     kind = "out_of_memory" if out_of_memory(error) else next(kinds, "unexpected")
     message = " ".join(str(error).split())
@@ -347,7 +348,9 @@ def _described(error: Exception) -> dict[str, Any]:
         message = f"{type(error).__name__}: {message} (unexpected: the worker's log says where)"
     elif not isinstance(error, MedXAIError):
         message = "Out of memory: choose a smaller region or a coarser spacing, or close other programs."
-    return {"kind": kind, "message": message, "code": error.code if isinstance(error, Untrusted) else ""}
+    code = error.code if isinstance(error, Untrusted) else ""
+    requirement = error.requirement if isinstance(error, NotInstalled) else ""
+    return {"kind": kind, "message": message, "code": code, "requirement": requirement}
 
 
 def _log() -> None:

@@ -54,7 +54,7 @@ from importlib.metadata import distributions
 from MedXAISlicerLib import install, settings
 {before}
 try:
-    said = install.ensure()
+    said = install.ensure(also={also})
 except Exception as error:
     said = f"{{type(error).__name__}}: {{error}}"
 there = {{d.name: d.version for d in distributions() if d.name not in ("pip", "setuptools")}}
@@ -116,12 +116,12 @@ class Python:
         with zipfile.ZipFile(wheel(self.folder / "before", name, version, *requires)) as archive:
             archive.extractall(next(self.folder.glob("[Ll]ib/**/site-packages")))
 
-    def ensure(self, before: str = "", network: bool = True):
+    def ensure(self, before: str = "", network: bool = True, also: tuple[str, ...] = ()):
         """What `install.ensure()` returned or raised, all packages then, the questions asked, and the description."""
         temporary = self.folder / "a folder with spaces"
         temporary.mkdir(exist_ok=True)
         done = subprocess.run(
-            [self.executable, "-c", PROGRAM.format(before=before)],
+            [self.executable, "-c", PROGRAM.format(before=before, also=also)],
             env={
                 **{name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))},
                 "PYTHONPATH": os.pathsep.join(map(str, (self.slicer, ROOT / "MedXAI", ROOT))),
@@ -171,6 +171,18 @@ def test_everything_is_installed_after_one_question(python):
     assert badge == "Ready · PyTorch 2.9 (CPU)"
     assert "MONAI: 1.5.1" in text.splitlines()
     assert python.ensure("slicer.util.reply = False", network=False)[:3] == [True, ALL, []]
+
+
+def test_what_one_method_needs_is_installed_when_it_is_asked(python):
+    python.ensure()
+    wheel(python.wheels, "lancedb", "0.40.0")
+    wheel(python.wheels, "lancedb", "0.39.0")
+    assert python.ensure()[:3] == [True, ALL, []]
+    said, there, asked, (badge, _) = python.ensure(also=("lancedb>=0.40",))
+    assert said is True and there == {**ALL, "lancedb": "0.40.0"}
+    assert asked[0].startswith("MedXAI needs LanceDB. Installing may take some minutes.\n")
+    assert badge == "Ready · PyTorch 2.9 (CPU)"
+    assert python.ensure(also=("lancedb>=0.40",))[2] == []
 
 
 def test_in_slicer_5_10(python):

@@ -131,11 +131,11 @@ def test_cards_are_in_the_order_of_similarity_whatever_the_order_of_the_cases(ho
 def test_icons_are_the_thumbnails(panel, node):
     panel.show(node)
     for index, card in enumerate(cards(panel)):
-        expected = cases.thumbnail(node, index, size=248)
+        expected = cases.thumbnail(node, index, size=240)
         for mode in (qt.QIcon.Normal, qt.QIcon.Selected):
-            image = card.icon().pixmap(248, 248, mode).toImage()
-            assert (image.width(), image.height()) == (248, 248)
-            for row, column in ((20, 124), (110, 66), (155, 132)):
+            image = card.icon().pixmap(240, 240, mode).toImage()
+            assert (image.width(), image.height()) == (240, 240)
+            for row, column in ((20, 120), (108, 64), (150, 128)):
                 assert image.pixelColor(column, row).getRgb()[:3] == tuple(expected[row, column])
 
 

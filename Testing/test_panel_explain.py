@@ -463,3 +463,33 @@ def test_folder_that_was_used_is_offered_again(host, module, scan, monkeypatch, 
     assert box.currentText == "" and panel._changedParameters() == {}
     box.setCurrentText(box.itemText(0))
     assert panel._changedParameters() == {"library": str(tmp_path)}
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_what_a_method_needs_is_offered_to_be_installed(module, scan, monkeypatch, agrees):
+    from types import SimpleNamespace
+
+    from MedXAILib import protocol, worker
+    from MedXAILib.errors import MedXAIError, NotInstalled
+    from MedXAISlicerLib import install, settings
+
+    panel, asked = module.explainPanel, []
+
+    def ensure(parent=None, also=()):
+        asked.extend(also)
+        if not agrees:
+            raise MedXAIError("MedXAI cannot compute without LanceDB.")
+
+    monkeypatch.setattr(install, "ensure", ensure)
+    # As it comes from the worker.
+    error = protocol.error(worker._described(NotInstalled("Libraries need LanceDB.", "lancedb>=0.40")))
+    panel._failed(SimpleNamespace(error=error))
+    assert asked == ["lancedb>=0.40"]
+    said = "It is installed: press Explain again." if agrees else "MedXAI cannot compute without LanceDB."
+    assert panel.ui.statusLabel.text == said
+    settings.set("workerCommand", "ssh gpu-host python -m MedXAILib.worker")
+    panel._failed(SimpleNamespace(error=error))
+    settings.set("workerCommand", "")
+    assert asked == ["lancedb>=0.40"] and panel.ui.statusLabel.text == "Libraries need LanceDB."
+    panel._failed(SimpleNamespace(error=MedXAIError("Something else.")))
+    assert asked == ["lancedb>=0.40"]

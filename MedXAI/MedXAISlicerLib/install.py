@@ -20,7 +20,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "Resources" / "MedXAI-requi
 
 # All that is needed here when another Python, or another machine, does the computing.
 _CLIENT = {"psutil"}
-_TITLES = {"monai": "MONAI", "torch": "PyTorch"}
+_TITLES = {"lancedb": "LanceDB", "monai": "MONAI", "torch": "PyTorch"}
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Status:
         return not self.lacking
 
 
-def status():
-    """What is needed, and what of it is there."""
+def status(also=()):
+    """What is needed, and what of it is there; `also` are requirements of what not everybody does."""
     from packaging.requirements import Requirement
 
     elsewhere = settings.get("workerCommand")
     packages = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+    for line in [*REQUIREMENTS.read_text(encoding="utf-8").splitlines(), *also]:
         if not line.strip() or line.startswith("#"):
             continue
         required = Requirement(line)
@@ -90,8 +90,9 @@ def describe(status):
     return _badge(status), "\n".join(lines)
 
 
-def ensure(parent=None):
-    """Install what is missing or too old, if the person agrees; True when everything is there.
+def ensure(parent=None, also=()):
+    """Install what is missing or too old, if the person agrees; True when everything is there, with what is needed
+    `also`.
 
     Call it where something is about to be computed, never when a module is loaded.
 
@@ -100,16 +101,17 @@ def ensure(parent=None):
     """
     from MedXAILib.errors import MedXAIError
 
-    lacking = status().lacking
+    lacking = status(also).lacking
     if not lacking:
         return True
     names = _list(p.title for p in lacking)
+    size = ", and PyTorch up to 6 GB" if any(p.name == "torch" for p in lacking) else ""
     app = getattr(slicer, "app", None)
     if app is not None and app.testingEnabled():
         # A test must not change the Slicer that it tests.
         raise MedXAIError(f"{names} cannot be installed in testing mode: install {REQUIREMENTS.name} before.")
     if not slicer.util.confirmOkCancelDisplay(
-        f"MedXAI needs {names}. Installing may take some minutes, and PyTorch up to 6 GB.\n\n"
+        f"MedXAI needs {names}. Installing may take some minutes{size}.\n\n"
         "This adds to Slicer's Python; the packages that Slicer itself uses stay as they are.",
         "MedXAI",
         parent=parent,
@@ -121,7 +123,7 @@ def ensure(parent=None):
     # The PyTorch extension imports what it has installed, which fails in many ways.
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise MedXAIError(f"Installing {names} failed ({_reason(error)}): {_remedy()}") from error
-    if lacking := status().lacking:
+    if lacking := status(also).lacking:
         raise MedXAIError(f"{_list(p.title for p in lacking)} still cannot be used: restart Slicer and try again.")
     return True
 

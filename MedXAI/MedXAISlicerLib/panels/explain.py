@@ -4,7 +4,7 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
-from MedXAISlicerLib import asking, method_parameters, regions, results, settings
+from MedXAISlicerLib import asking, install, method_parameters, regions, results, settings, workers
 from MedXAISlicerLib.panels import progress
 from MedXAISlicerLib.panels.label_chooser import LabelChooser
 from MedXAISlicerLib.panels.method_words import described
@@ -391,11 +391,27 @@ class ExplainPanel(Panel):
                 self._say(_("Stopped early: the map is partial. What was not reached has no colour."))
 
     def _failed(self, run):
-        from MedXAILib.errors import Untrusted
+        from MedXAILib.errors import NotInstalled, Untrusted
 
         self._say(forPerson(run.error))
         if isinstance(run.error, Untrusted) and trusts(run.error):
             self.chooser.load()
+        # On another machine nothing can be installed from here.
+        if isinstance(run.error, NotInstalled) and not settings.get("workerCommand"):
+            self._install(run.error.requirement)
+
+    def _install(self, requirement):
+        """Offer to install what only the chosen method needs."""
+        from MedXAILib.errors import MedXAIError
+
+        try:
+            install.ensure(also=[requirement])
+        except MedXAIError as error:
+            self._say(forPerson(error))
+            return
+        # A new one knows of it.
+        workers.shared().close()
+        self._say(_("It is installed: press Explain again."))
 
     def _say(self, text):
         self.ui.statusLabel.text = text
