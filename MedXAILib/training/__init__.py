@@ -23,6 +23,7 @@ from MedXAILib.training import (
     lung_nodule_segmentation,
     mil,
     semantic,
+    triplet,
 )
 from MedXAILib.training.table import Table, fingerprint
 from MedXAILib.training.trainer import Recipe, fit
@@ -41,6 +42,7 @@ RECIPES: dict[str, Recipe] = {
         semantic.RECIPE,
         captioner.RECIPE,
         captioner.VISUAL_RECIPE,
+        triplet.RECIPE,
     )
 }
 
