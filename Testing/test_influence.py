@@ -432,6 +432,8 @@ def test_gradients_at_checkpoints(model: mx.Model, library: Library, tmp_path: P
             kernel = np.linalg.inv(gram + 0.01 * np.trace(gram) / len(gram) * np.eye(len(gram)))
         expected += np.array(phi) @ kernel @ q * np.array(left) / 2
     assert len(found) > 30
+    if by == "tracin":
+        expected /= np.abs(expected).sum()
     for uid, influence in found.items():
         assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3, abs=1e-5 * np.abs(expected).max())
     # What was computed is there the next time, though no scan is.
@@ -450,12 +452,12 @@ def test_stored_gradients_are_searched(model: mx.Model, library: Library) -> Non
         asked = gradients.asked(scans(1, 5)[0].data[None], lambda output: output[:, 2], Run())
     moves = vectors[:, :-1] / vectors[:, -1:]
     kernel = moves.T @ moves
-    kernel += 0.1 * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
+    kernel += 10 * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
     expected = vectors[:, :-1] @ np.linalg.solve(kernel, asked)
     for uid, influence in by_uid(everything).items():
         assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3)
-    some = ask(model, library, by="trak", count=2, where=("label=none|benign", "size=..20"), patient="patient 0")
-    allowed = [i for i in range(36) if i % 3 < 2 and i <= 20 and i // 2 != 0]
+    some = ask(model, library, by="trak", count=2, where=("label=malignant|benign", "size=..20"), patient="patient 0")
+    allowed = [i for i in range(36) if i % 3 and i <= 20 and i // 2 != 0]
     best = sorted(allowed, key=lambda i: -expected[i])
     assert [int(c.uid[-2:]) for c in some.cases if c.role == "helpful"] == best[:2]
     assert [int(c.uid[-2:]) for c in some.cases if c.role == "harmful"] == best[::-1][:2]

@@ -16,6 +16,10 @@ DAMPING = 0.1
 """Half of this times the squared weights comes to the mean loss."""
 
 
+# An attribute that is 0 in this part of the cases is one that can be absent.
+_ABSENT = 0.1
+
+
 @dataclass(frozen=True, eq=False)
 class Refit:
     """A last layer that was learnt anew from features, and their `scaling`."""
@@ -54,8 +58,8 @@ def influence_by_group(
     records: Sequence[Record], influences: np.ndarray, attributes: Sequence[str] | None = None
 ) -> list[Group]:
     """The `influences` (N,) of cases, or (N, M) on several queries, by label and attribute of their meta (Wang et al.
-    2019): numbers above and up to the median of all, texts one by one. All attributes when left out. The first groups
-    are the labels alone, and their `what` is ""."""
+    2019): numbers above and up to the median of all, or 0 where many are 0; texts one by one. All attributes when left
+    out. The first groups are the labels alone, and their `what` is ""."""
     each = np.asarray(influences, dtype=float).reshape(len(records), -1).mean(1)
     labels = np.array([record.label for record in records])
     held: dict[str, np.ndarray] = {"": np.ones(len(records), dtype=bool)}
@@ -97,8 +101,9 @@ def _levels(name: str, values: Sequence[float | str | None]) -> Mapping[str, np.
     found = {f"{name} = {text}": np.array([value == text for value in values]) for text in texts}
     numbers = np.array([np.nan if value is None or isinstance(value, str) else float(value) for value in values])
     if np.unique(numbers[~np.isnan(numbers)]).size > 1:
-        middle = float(np.nanmedian(numbers))
-        # Of what most have not, those that have any.
+        # Of what many do not have at all, those that have any.
+        absent = np.mean(numbers[~np.isnan(numbers)] == 0) >= _ABSENT
+        middle = 0.0 if absent else float(np.nanmedian(numbers))
         middle = middle if middle < np.nanmax(numbers) else float(np.nanmin(numbers))
         found |= {f"{name} <= {middle:.3g}": numbers <= middle, f"{name} > {middle:.3g}": numbers > middle}
     return found

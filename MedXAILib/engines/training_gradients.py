@@ -23,6 +23,8 @@ from MedXAILib.run import Run
 
 LENGTH = 512
 """Of the vectors, when it is not said."""
+TRAK_DAMPING = 10.0
+"""By linear datamodelling scores on a small network for volumes (benchmarks/influence.py)."""
 
 # A case that is known by heart teaches nothing more, but what is kept of it is divided by how much it does.
 _LEAST = 1e-6
@@ -93,7 +95,7 @@ def answer(model: Model, label: str, outputs: int) -> float | None:
     return float(names.index(label)) if label in names else None
 
 
-def trak(kept: np.ndarray, asked: np.ndarray, damping: float) -> np.ndarray:
+def trak(kept: np.ndarray, asked: np.ndarray, damping: float = TRAK_DAMPING) -> np.ndarray:
     """What to ask (K + 1,) for TRAK's influences by one network, of which this is `kept` (N, K + 1) of the cases: the
     kernel's inverse times the gradient `asked` (K,), `damping` times its mean eigenvalue added to it. The kernel is of
     gradients of the log-odds, without how much is left to learn."""

@@ -25,7 +25,7 @@ from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Space
 from MedXAILib.cases.spaces import Plain, fingerprint, said
 from MedXAILib.cases.teaching import DAMPING, Refit, influence_by_group
-from MedXAILib.engines.training_gradients import LENGTH, TrainingGradients, answer, trak
+from MedXAILib.engines.training_gradients import LENGTH, TRAK_DAMPING, TrainingGradients, answer, trak
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Folder, Names, Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
@@ -75,11 +75,12 @@ class Influence(Teller):
         "by one step on each case (tracin) or by a linear model of it (trak)",
     )
     count: int = Field(3, ge=1, description="cases to show for, and as many against")
-    damping: float = Field(
-        DAMPING,
+    damping: float | None = Field(
+        None,
         gt=0,
         description="how strongly weights are held near zero: half of this times their squares comes to the mean loss "
-        "of the last layer; of trak, the part of the kernel's mean eigenvalue that is added to it",
+        f"of the last layer ({DAMPING:g} when left out); so often comes its mean eigenvalue to the kernel of trak "
+        f"({TRAK_DAMPING:g})",
     )
     checkpoints: Names = Field(
         (),
@@ -117,7 +118,7 @@ class Influence(Teller):
         cases = list[Case]()
         for role, record, influence in self._shown(question, volume, library, taught, found):
             run.step(len(cases), 2 * self.count, self.title)
-            cases.append(_case(question, library, record, role, influence, score.name))
+            cases.append(_case(question, library, record, role, influence))
         _note_groups(question, taught, found.influences)
         says = [f"The network says {score.says}."] if score.says else []
         return partial(
@@ -178,17 +179,21 @@ class Influence(Teller):
         for one, kept in zip(several, each, strict=True):
             with one.model.ready(question.x.device):
                 asked = one.asked(question.x, question.bound[0].value, run)
-            directions.append(trak(kept, asked, self.damping) if self.by == "trak" else np.append(asked, 0.0))
+            if self.by == "trak":
+                directions.append(trak(kept, asked, self.damping or TRAK_DAMPING))
+            else:
+                directions.append(np.append(asked, 0.0))
         influences = np.mean([kept @ one for kept, one in zip(each, directions, strict=True)], axis=0)
         at = f"{len(several)} sets of weights" if self.checkpoints else "the network's weights"
+        # How large a step was is not known, so that of steps only shares are.
+        whole = max(float(np.abs(influences).sum()), 1e-30) if self.by == "tracin" else 1.0
+        how = f"By a linear model of the training, at {at}, on {taught}: an estimate."
         if self.by == "tracin":
-            how = f"By one step of training, at {at}, on each of {taught}: an estimate, in units of the step."
-        else:
-            how = f"By a linear model of the training, at {at}, on {taught}: an estimate."
-        return _Found(influences, how, None if self.checkpoints or self.among else directions[0])
+            how = f"By one step of training, at {at}, on each of {taught}, as a share of all steps': an estimate."
+        return _Found(influences / whole, how, None if self.checkpoints or self.among else directions[0] / whole)
 
     def _of_last_layer(self, question: Question, features: np.ndarray, taught: _Taught, score: _Score) -> _Found:
-        run, model = question.run, question.model
+        run, model, damping = question.run, question.model, self.damping or DAMPING
         here = Plain().embed(model, question.x)[0].numpy()
         run.cost.forwards += 1
         run.note(
@@ -196,11 +201,11 @@ class Influence(Teller):
             "and what else the network learnt from, is not in them."
         )
         if model.task == "regression":
-            refit = Refit.of(features, taught.answers[:, None], self.damping, "identity")
+            refit = Refit.of(features, taught.answers[:, None], damping, "identity")
             missed = np.abs(refit.scores(features)[:, 0] - taught.answers).mean()
             now = f"says {refit.scores(here[None])[0, 0]:.3g} of this scan and is wrong by {missed:.2g} about them"
         else:
-            refit = Refit.of(features, np.eye(len(score.names))[taught.answers.astype(int)], self.damping)
+            refit = Refit.of(features, np.eye(len(score.names))[taught.answers.astype(int)], damping)
             says = [score.names[k] for k in refit.scores(np.stack([here, *features])).argmax(1)]
             alike = float(np.mean([a == r.said for a, r in zip(says[1:], taught.records, strict=True)]))
             now = f"says {says[0]} of this scan and the same as the network of {alike:.0%} of them"
@@ -301,7 +306,7 @@ class _Found:
     direction: np.ndarray | None = None
 
 
-def _case(question: Question, library: Library, record: Record, role: Role, influence: float, score: str) -> Case:
+def _case(question: Question, library: Library, record: Record, role: Role, influence: float) -> Case:
     shown = None
     if record.volume:
         try:
@@ -310,7 +315,6 @@ def _case(question: Question, library: Library, record: Record, role: Role, infl
         except MedXAIError as error:
             question.run.note(f"The case '{record.uid}' is shown without its scan: {error}")
     says = f" The network says {record.said}." if record.said else ""
-    moved = f"Learning from it makes {score} {'higher' if influence > 0 else 'lower'} by {abs(influence):.2g}."
     return Case(
         uid=record.uid,
         label=record.label,
@@ -319,7 +323,7 @@ def _case(question: Question, library: Library, record: Record, role: Role, infl
         place=record.region,
         volume=shown,
         role=role,
-        note=f"Known as {record.label}.{says} {moved}",
+        note=f"Known as {record.label}.{says} It speaks {'for' if influence > 0 else 'against'} it: {influence:+.2g}.",
         numbers={name: float(value) for name, value in record.meta.items() if not isinstance(value, str)},
     )
 
