@@ -189,7 +189,7 @@ class Influence(Teller):
         whole = max(float(np.abs(influences).sum()), 1e-30) if self.by == "tracin" else 1.0
         how = f"By a linear model of the training, at {at}, on {taught}: an estimate."
         if self.by == "tracin":
-            how = f"By one step of training, at {at}, on each of {taught}, as a share of all steps': an estimate."
+            how = f"By one step of training, at {at}, on each of {taught}, as shares of them all: an estimate."
         return _Found(influences / whole, how, None if self.checkpoints or self.among else directions[0] / whole)
 
     def _of_last_layer(self, question: Question, features: np.ndarray, taught: _Taught, score: _Score) -> _Found:
