@@ -135,6 +135,12 @@ def test_whatever_learns_from_a_table_makes_a_bundle(own: Path, tmp_path: Path, 
     elif model.task == "classification":
         assert model.class_names == NAMES
         assert metrics["accuracy"] == pytest.approx(float((found == patches.labels).float().mean()), abs=1e-4)
+    elif model.task == "embedding":
+        nearest = (scores @ scores.T).fill_diagonal_(-2).argmax(1)
+        alike = patches.labels[nearest] == patches.labels
+        # Who is the only one of a class has nobody to find.
+        asked = patches.labels.bincount()[patches.labels] > 1
+        assert metrics["precision_1"] == pytest.approx(float(alike[asked].float().mean()), abs=1e-4)
     elif model.task == "captioning":
         with torch.no_grad():
             said = model.network.eval().beam(model.network(patches.images))
