@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.example_based.capsules import Capsules
 from MedXAILib.example_based.influence import Influence
+from MedXAILib.example_based.latent import Latent
 from MedXAILib.example_based.prototypes import PrototypeParts
 from MedXAILib.example_based.rules import Rules
 from MedXAILib.example_based.similar_cases import SimilarCaseSearch
@@ -86,6 +87,7 @@ EXPLAINERS: dict[str, type[Technique]] = {
         TCAV,
         RCV,
         Semantic,
+        Latent,
         Capsules,
         PrototypeParts,
         Rules,

@@ -19,7 +19,7 @@ _STRIDE = 0.5
 _STRANGE = 5.0
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]
+@torch.enable_grad()
 def otherwise(
     codes: Tensor,
     lead: Callable[[Tensor], Tensor],

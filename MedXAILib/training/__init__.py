@@ -16,14 +16,18 @@ from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import (
     attention_classifier,
     attention_segmentation,
+    capsules,
     captioner,
     healthy_tissue,
+    ladder_vae,
     lung_nodule,
     lung_nodule_permuted,
     lung_nodule_segmentation,
     mil,
+    prototypes,
     semantic,
     triplet,
+    vae,
 )
 from MedXAILib.training.table import Table, fingerprint
 from MedXAILib.training.trainer import Recipe, fit
@@ -40,9 +44,14 @@ RECIPES: dict[str, Recipe] = {
         mil.RECIPE,
         mil.ATTENTION_RECIPE,
         semantic.RECIPE,
+        capsules.RECIPE,
         captioner.RECIPE,
         captioner.VISUAL_RECIPE,
+        prototypes.RECIPE,
         triplet.RECIPE,
+        vae.RECIPE,
+        vae.TC_RECIPE,
+        ladder_vae.RECIPE,
     )
 }
 
