@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from monai.transforms import Compose, ScaleIntensityRange, Spacing
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from MedXAILib.cases.nearest import Few, Nearest, Query, conditions, late_interaction
+from MedXAILib.cases.nearest import Usual, conditions, late_interaction, usual
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, Plain, contributions, fingerprint, said
 from MedXAILib.resources import path
@@ -277,19 +278,25 @@ def test_how_near_is_near_is_what_the_library_is_like() -> None:
     angles = np.deg2rad([0, 10, 40, 100])
     matrix = np.stack([np.cos(angles), np.sin(angles)], 1)
 
-    def usual(*patients: str) -> np.ndarray:
-        known = [Record(str(i), patient) for i, patient in enumerate(patients)]
-        query = Query(np.array([1.0, 0.0]), "", "")
-        return Nearest(query, Few(known, Plain()), known, matrix, Plain()).usual
+    def near(*patients: str) -> np.ndarray:
+        return Usual.of([Record(str(i), patient) for i, patient in enumerate(patients)], matrix, Plain()).near
 
     apart = np.cos(np.deg2rad([60, 30, 10, 10]))
-    np.testing.assert_allclose(usual("a", "b", "c", "d"), apart)
-    np.testing.assert_allclose(usual("a", "a", "a", "a"), apart)
-    np.testing.assert_allclose(usual("a", "a", "c", "c"), np.cos(np.deg2rad([90, 40, 30, 30])), atol=1e-12)
-    known = [Record(str(i), str(i)) for i in range(4)]
-    nearest = Nearest(Query(np.ones(2), "", ""), Few(known, Plain()), known, matrix, Plain())
-    assert nearest.percentile(np.cos(np.deg2rad(20))) == 50 and nearest.percentile(0.99) == 100
-    assert nearest.least == pytest.approx(np.quantile(apart, 0.01))
+    np.testing.assert_allclose(near("a", "b", "c", "d"), apart)
+    np.testing.assert_allclose(near("a", "a", "a", "a"), apart)
+    np.testing.assert_allclose(near("a", "a", "c", "c"), np.cos(np.deg2rad([90, 40, 30, 30])), atol=1e-12)
+    known = Usual(frozenset(), frozenset(), apart)
+    assert known.percentile(np.cos(np.deg2rad(20))) == 50 and known.percentile(0.99) == 100
+    assert known.least == pytest.approx(np.quantile(apart, 0.01))
+
+
+def test_another_library_at_the_same_place_is_known_anew(made: mx.Model, tmp_path: Path) -> None:
+    first = stored(tmp_path, made)
+    labels = usual(first, Plain()).labels
+    shutil.rmtree(tmp_path / "library")
+    second = stored(tmp_path, made, {uid: (numbers, "other") for uid, (numbers, _) in CASES.items()})
+    assert (second.path, second.version) == (first.path, first.version)
+    assert labels == {"smooth", "spiky"} and usual(second, Plain()).labels == {"other"}
 
 
 def test_another_network_is_refused(made: mx.Model, tmp_path: Path) -> None:
@@ -403,6 +410,7 @@ def test_embedding_network_says_where_and_needs_no_target(tmp_path: Path) -> Non
     assert found.residual["sum of map"] <= 1e-5
     with pytest.raises(mx.MedXAIError, match="use 'plain'"):
         ask(made, library, scan(*asked), space="saliency")
+    assert telling.judge(found, made, scan(*asked, place=PLACES[3])).light is not None
     again = mx.recompute(found, made, scan(*asked, place=PLACES[3]))
     assert [case.uid for case in again.cases] == [case.uid for case in found.cases]
 

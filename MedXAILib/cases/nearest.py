@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
+from MedXAILib.cases.library import Library
 from MedXAILib.cases.record import NAMES, SCAN, Hit, Record
 from MedXAILib.cases.space import Space
 from MedXAILib.errors import MedXAIError
@@ -23,7 +24,7 @@ FIRST = 100
 """Cases among which those with the most similar regions are looked for."""
 
 # So many cases tell how near cases are to each other.
-_SAMPLE = 1000
+_SAMPLE = 500
 _RANGE = re.compile(r"(-?[\d.]+(?:e[+-]?\d+)?)?\.\.(-?[\d.]+(?:e[+-]?\d+)?)?")
 
 
@@ -71,23 +72,66 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Usual:
+    """What cases are like: the labels that are known of them, what was said of them, and how `near` they are: how
+    similar to their nearest of another patient (of any, where all are of one), the least first."""
+
+    labels: frozenset[str]
+    answers: frozenset[str]
+    near: np.ndarray
+
+    @classmethod
+    def of(cls, cases: Sequence[Record], matrix: np.ndarray, space: Space) -> Usual:
+        """What `cases` are like, whose vectors in `space` are `matrix` (N, K): how near, of all or of 500 of them."""
+        patients, count = np.array([case.patient for case in cases]), len(cases)
+        near = np.zeros(0)
+        if count > 1:
+            drawn = np.sort(np.random.default_rng(0).permutation(count)[:_SAMPLE])
+            one = len(set(patients)) == 1
+            same = drawn[:, None] == np.arange(count) if one else patients[drawn, None] == patients
+            near = np.sort(np.where(same, -np.inf, space.similarity(matrix[drawn], matrix)).max(1))
+        labels, answers = ({getattr(case, name) for case in cases} - {""} for name in ("label", "said"))
+        return cls(frozenset(labels), frozenset(answers), near)
+
+    def percentile(self, similarity: float) -> float:
+        """Of how many in a hundred cases the nearest is less similar to them than `similarity`."""
+        return float(100 * np.mean(self.near < similarity)) if len(self.near) else 0.0
+
+    @property
+    def least(self) -> float:
+        """The similarity of what is barely near."""
+        return float(np.quantile(self.near, FAR)) if len(self.near) else -np.inf
+
+
+def usual(library: Library, space: Space) -> Usual:
+    """What the cases of a library are like. What was asked of a version before is not computed again."""
+    return _usual(library.path, library.pseudonym(""), library.version, space)
+
+
+@lru_cache(maxsize=8)
+def _usual(path: str, key: str, version: int, space: Space) -> Usual:
+    # Where a library was, another may be: its key tells it from that.
+    library = Library.open(path, version)
+    return Usual.of(library.records(whole=False), library.matrix(space.name)[1], space)
+
+
+@dataclass(frozen=True)
 class Nearest:
-    """Those of the cases `known` that are near a scan. `matrix` (N, K) are their vectors in `space`, in their order."""
+    """Those of `cases` that are near a scan in `space`."""
 
     query: Query
     cases: Searched
-    known: Sequence[Record]
-    matrix: np.ndarray
+    usual: Usual
     space: Space
 
     def roles(self, count: int, unlike: int, mistaken: int) -> list[tuple[Role, Hit]]:
         """The `count` nearest cases of which the network says the same, the nearest `unlike` of which it says
         otherwise, and the nearest `mistaken` others about which it is wrong. Where it names nothing, the nearest are
         alike, and unlike are those of another label than most of them."""
-        says, labels, answers = self.query.says, self._values("label"), self._values("said")
+        says, labels, answers = self.query.says, self.usual.labels, self.usual.answers
         found: list[tuple[Role, Hit]] = []
 
-        def add(role: Role, count: int, *wanted: Mapping[str, set[str]]) -> None:
+        def add(role: Role, count: int, *wanted: Mapping[str, Set[str]]) -> None:
             shown = {hit.record.uid for _, hit in found}
             hits = [hit for one in wanted for hit in self.hits(one, count and count + len(shown))]
             fresh = sorted((hit for hit in hits if hit.record.uid not in shown), key=self._rank)
@@ -109,7 +153,7 @@ class Nearest:
         free = replace(self, query=replace(self.query, where={}, regions=None))
         return max((hit.similarity for hit in free.hits({}, 1)), default=-np.inf)
 
-    def hits(self, wanted: Mapping[str, set[Any]], count: int) -> list[Hit]:
+    def hits(self, wanted: Mapping[str, Set[Any]], count: int) -> list[Hit]:
         """The `count` nearest cases of which the filters and what is `wanted` hold, but none of the scan itself."""
         asked = self.query
         shared = asked.where.keys() & wanted.keys()
@@ -131,35 +175,10 @@ class Nearest:
         same = np.allclose(vector, other, rtol=0, atol=1e-5 * float(np.abs(vector).max()))
         return same or hit.record.meta.get(SCAN) == self.query.scan
 
-    @cached_property
-    def usual(self) -> np.ndarray:
-        """How similar cases are to their nearest of another patient (of any, where all are of one), the least first:
-        of all, or of a thousand drawn from them."""
-        patients = np.array([record.patient for record in self.known])
-        count = len(patients)
-        if count < 2:
-            return np.zeros(0)
-        drawn = np.sort(np.random.default_rng(0).permutation(count)[:_SAMPLE])
-        similarity = self.space.similarity(self.matrix[drawn], self.matrix)
-        same = patients[drawn, None] == patients if len(set(patients)) > 1 else drawn[:, None] == np.arange(count)
-        return np.sort(np.where(same, -np.inf, similarity).max(1))
-
-    def percentile(self, similarity: float) -> float:
-        """Of how many in a hundred cases the nearest is less similar to them than `similarity`."""
-        return float(100 * np.mean(self.usual < similarity)) if len(self.usual) else 0.0
-
-    @property
-    def least(self) -> float:
-        """The similarity of what is barely near."""
-        return float(np.quantile(self.usual, FAR)) if len(self.usual) else -np.inf
-
     def _rank(self, hit: Hit) -> tuple[float, str]:
         regions = self.query.regions
         score = hit.similarity if regions is None else late_interaction(regions, hit.record.regions)
         return -score, hit.record.uid
-
-    def _values(self, name: str) -> set[str]:
-        return {getattr(record, name) for record in self.known} - {""}
 
 
 def late_interaction(regions: np.ndarray, others: np.ndarray | None) -> float:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib.cases.library import Library
-from MedXAILib.cases.nearest import FAR, Few, Nearest, Query, conditions
+from MedXAILib.cases.nearest import FAR, Few, Nearest, Query, Usual, conditions, usual
 from MedXAILib.cases.record import Hit, Record
 from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Places
@@ -106,15 +106,16 @@ class SimilarCaseSearch(Teller):
         found = nearest.roles(self.count, self.unlike, self.mistaken)
         if not found:
             return _nothing("No case of the library is as was asked for.")
-        if nearest.best < nearest.least:
+        least = nearest.usual.least
+        if nearest.best < least:
             return _nothing(
                 f"No case of the library is near this scan: its nearest is less similar ({nearest.best:.3f}) than "
-                f"those of {1 - FAR:.0%} of the cases are to theirs ({nearest.least:.3f} or more)."
+                f"those of {1 - FAR:.0%} of the cases are to theirs ({least:.3f} or more)."
             )
         cases, missed = [], [0.0]
         for i, (role, hit) in enumerate(found):
             run.step(i, len(found), self.title)
-            percentile = nearest.percentile(hit.similarity)
+            percentile = nearest.usual.percentile(hit.similarity)
             case = _case(hit, role, percentile, library)
             if self.maps:
                 case = self._with_maps(case, hit, question, volume, library, here, missed)
@@ -155,10 +156,10 @@ class SimilarCaseSearch(Teller):
     def _nearest(self, question: Question, library: Library, query: Query) -> Nearest:
         space = _SPACES[self.space]
         if not self.among:
-            return Nearest(query, library, library.records(whole=False), library.matrix(space.name)[1], space)
+            return Nearest(query, library, usual(library, space), space)
         few = self._anew(question, library)
         matrix = np.stack([record.vectors[space.name] for record in few])
-        return Nearest(query, Few(few, space), few, matrix, space)
+        return Nearest(query, Few(few, space), Usual.of(few, matrix, space), space)
 
     def _anew(self, question: Question, library: Library) -> list[Record]:
         """The cases to look among, embedded by the network that is asked."""
