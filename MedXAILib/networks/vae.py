@@ -19,6 +19,7 @@ SIZE = 32
 """Voxels along each side of what is drawn."""
 _WHOLE, _NOTHING = 13.0, 16.0
 """Voxels from the middle up to which all of it counts, and beyond which nothing does."""
+_LEAST = 1e-3
 
 
 class Autoencoder(nn.Module):
@@ -67,10 +68,16 @@ class Autoencoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.decode(self.encode(image))
 
-    def change(self, start: Tensor, codes: Tensor) -> Tensor:
-        """What to add to images of codes `start` (N, K) for them to look as with other `codes`, 0 at the rim of the
-        window. What the codes do not tell of an image stays as it is."""
-        return (self.decode(codes) - self.decode(start)) * self.window
+    def changed(self, image: Tensor, start: Tensor, codes: Tensor) -> Tensor:
+        """`image` (N, 1, 32, 32, 32) of codes `start` (N, K) as it would look with other `codes`, in 0..1.
+
+        What the codes do not tell of it stays as it is where nothing changes. Of what is taken away it goes with it, as
+        a spike goes with its nodule, and where there is more it is covered, each in proportion.
+        """
+        before, after = self.decode(start), self.decode(codes)
+        off = after - before
+        share = torch.where(off < 0, image / before.clamp_min(_LEAST), (1 - image) / (1 - before).clamp_min(_LEAST))
+        return (image + off * share * self.window).clamp(0, 1)
 
     def place(self, codes: Tensor) -> Tensor:
         """Where codes (N, K) are on the map of all cases, (N, 2)."""
