@@ -560,7 +560,12 @@ def test_suspects_of_a_library(tmp_path: Path, model: mx.Model) -> None:
 
 
 def test_groups_are_means_over_label_and_attribute() -> None:
-    meta = [{"size": 1.0, "site": "left"}, {"size": 2.0}, {"size": 3.0, "site": "right"}, {"size": 9.0, "site": "left"}]
+    meta = [
+        {"size": 1.0, "site": "left", SCAN: "x"},
+        {"size": 2.0},
+        {"size": 3.0, "site": "right"},
+        {"size": 9.0, "site": "left"},
+    ]
     records = [Record(str(i), "p", "ab"[i % 2], meta=one) for i, one in enumerate(meta)]
     found = teaching.influence_by_group(records, np.array([[1.0, 3.0], [5.0, 5.0], [-2.0, 0.0], [4.0, 8.0]]))
     told = {(g.label, g.what): (g.count, g.mean, g.sum) for g in found}

@@ -177,6 +177,21 @@ def check(
 
 
 @app.command()
+def suspects(
+    library: _Place,
+    count: Annotated[int, typer.Option("--count", "-k", help="How many.", min=1)] = 20,
+) -> None:
+    """List the cases that are most likely to have a wrong label: those that only themselves account for."""
+    from MedXAILib.cases import teaching
+
+    found = teaching.suspects(_opened(library))
+    table = Table("case", "label", "the network said", "influence on itself", box=box.SIMPLE)
+    for case, score in found[:count]:
+        table.add_row(*map(plain, (case.uid, case.label, case.said, f"{score:.3g}")))
+    Console(highlight=False).print(table)
+
+
+@app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="The network that embeds: see medxai models.")] = "lung_nodule",
     out: Annotated[

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from MedXAILib.cases.library import Library
-from MedXAILib.cases.record import Record
+from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.engines.last_layer import LARGEST, LastLayer, Link, Scaling
 from MedXAILib.errors import MedXAIError
 
@@ -63,7 +63,7 @@ def influence_by_group(
     each = np.asarray(influences, dtype=float).reshape(len(records), -1).mean(1)
     labels = np.array([record.label for record in records])
     held: dict[str, np.ndarray] = {"": np.ones(len(records), dtype=bool)}
-    names = dict.fromkeys(name for record in records for name in record.meta)
+    names = dict.fromkeys(name for record in records for name in record.meta if name != SCAN)
     for name in names if attributes is None else attributes:
         held |= _levels(name, [record.meta.get(name) for record in records])
     found = []
