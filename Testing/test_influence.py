@@ -21,8 +21,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
 
 import MedXAILib as mx
+from MedXAILib import cli
 from MedXAILib.cases import teaching
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, fingerprint, said
@@ -549,23 +551,23 @@ def test_suspects_of_a_library(tmp_path: Path, model: mx.Model) -> None:
     wrong = {4: "none", 17: "benign", 30: "malignant"}
     for i, label in wrong.items():
         labels[i] = label
-    found = teaching.suspects(library_of(tmp_path, model, [*labels, ""]))
+    library = library_of(tmp_path, model, [*labels, ""])
+    found = teaching.suspects(library)
     assert len(found) == 36
     scores = {int(record.uid[-2:]): score for record, score in found}
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     there = np.array([i in wrong for i in scores])
     assert roc_auc_score(there, list(scores.values())) > 0.9
+    typed = CliRunner().invoke(cli.app, ["cases", "suspects", library.path, "-k", "2"])
+    shown = [f"case {i:02d}" for i in range(36) if f"case {i:02d}" in typed.output]
+    assert typed.exit_code == 0 and shown == sorted(record.uid for record, _ in found[:2])
     with pytest.raises(mx.MedXAIError, match="two labels"):
         teaching.suspects(library_of(tmp_path / "one", model, ["none"] * 3))
 
 
 def test_groups_are_means_over_label_and_attribute() -> None:
-    meta = [
-        {"size": 1.0, "site": "left", SCAN: "x"},
-        {"size": 2.0},
-        {"size": 3.0, "site": "right"},
-        {"size": 9.0, "site": "left"},
-    ]
+    left, right = {"site": "left", SCAN: "x"}, {"site": "right"}
+    meta = [{"size": 1.0, **left}, {"size": 2.0}, {"size": 3.0, **right}, {"size": 9.0, **left}]
     records = [Record(str(i), "p", "ab"[i % 2], meta=one) for i, one in enumerate(meta)]
     found = teaching.influence_by_group(records, np.array([[1.0, 3.0], [5.0, 5.0], [-2.0, 0.0], [4.0, 8.0]]))
     told = {(g.label, g.what): (g.count, g.mean, g.sum) for g in found}
