@@ -28,7 +28,7 @@ from MedXAILib import cli
 from MedXAILib.cases import teaching
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, fingerprint, said
-from MedXAILib.engines.last_layer import LastLayer
+from MedXAILib.engines.last_layer import LastLayer, Scaling
 from MedXAILib.engines.per_sample_gradients import per_sample_gradients
 from MedXAILib.engines.projection import projected
 from MedXAILib.engines.training_gradients import TrainingGradients, trak
@@ -148,6 +148,28 @@ def test_classes_are_fitted_to_the_optimum():
     assert np.allclose(head.weights, known.coef_, atol=1e-6)
 
 
+def test_optimum_is_reached_from_afar():
+    """Classes that are far apart, barely held: whole steps of Newton's method would run away."""
+    x, labels = clusters(60, 5, apart=100.0)
+    y = np.eye(3)[labels]
+    head = LastLayer.fit(x, y, 1e-4)
+    assert np.abs(head.wrong.T @ head.features + 1e-4 * head.weights).max() < 1e-8
+
+
+def test_of_many_features_only_components_count():
+    """Features that three numbers decide, up to a shift and sizes of their own: three components are all there is."""
+    random = np.random.default_rng(0)
+    few, labels = random.normal(size=(60, 3)), np.arange(60) % 3
+    features = few @ random.normal(size=(3, 8)) * 10.0 ** np.arange(8) + 5
+    features = np.c_[features, np.full(60, 7.0)]
+    scaled = Scaling.of(features, 9)(features)
+    assert np.allclose(scaled[:, :8].std(0), 1) and np.allclose(scaled[:, 8], 0) and np.allclose(scaled.mean(0), 0)
+    components = Scaling.of(features, 3)(features)
+    assert components.shape == (60, 3)
+    wholly, in_short = (LastLayer.fit(x, np.eye(3)[labels], 1.0) for x in (scaled, components))
+    assert np.allclose(wholly.scores(scaled), in_short.scores(components), atol=1e-7)
+
+
 def test_influences_are_what_learning_without_a_case_changes():
     (x, labels), (asked, _) = clusters(90, 2), clusters(6, 3)
     head = LastLayer.fit(x, np.eye(3)[labels], 5.0)
@@ -227,6 +249,14 @@ def test_what_is_no_answer_teaches_nothing():
     with model.ready():
         kept = TrainingGradients(model, 0).kept(torch.ones(3, 1, 2, 2, 2), ["", "benign", "cyst"], Run())
     assert not kept[0].any() and kept[1].any() and not kept[2].any()
+    x, labels = torch.randn(19, 1, 2, 2, 2), [CLASSES[i % 3] for i in range(19)]
+    together = SPACES["gradient"].embed(model, x, labels)
+    for i in range(19):
+        assert torch.allclose(
+            together[i], SPACES["gradient"].embed(model, x[i : i + 1], labels[i : i + 1])[0], atol=1e-6
+        )
+    with pytest.raises(mx.MedXAIError, match="give labels"):
+        SPACES["gradient"].embed(model, x)
     with pytest.raises(mx.MedXAIError, match="classification and regression"):
         TrainingGradients(mx.Model(nn.Conv3d(1, 2, 3), task="segmentation"))
 
@@ -335,6 +365,19 @@ def library_of(folder: Path, model: mx.Model, labels: Sequence[str]) -> Library:
 
 
 LABELS = [CLASSES[i % 3] for i in range(36)]
+
+
+def test_cases_without_a_label_do_not_count(tmp_path: Path, model: mx.Model) -> None:
+    unknown = (3, 17)
+    library = library_of(tmp_path, model, ["" if i in unknown else label for i, label in enumerate(LABELS)])
+    fewer = [i for i in range(36) if i not in unknown]
+    alone = teaching.Refit.of(known_features(model, scans(36, 0))[fewer], np.eye(3)[[i % 3 for i in fewer]])
+    expected = alone.influences(known_features(model, scans(1, 5))[0], np.eye(3)[2])
+    found = by_uid(ask(model, library, count=36))
+    assert set(found) == {f"case {i:02d}" for i in fewer}
+    for i, influence in zip(fewer, expected, strict=True):
+        assert found[f"case {i:02d}"] == pytest.approx(influence, rel=1e-4, abs=1e-6)
+    assert len(by_uid(ask(model, library, count=36, by="trak"))) == 34
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 
 from MedXAILib.cases.checkpoints import at_checkpoints, gradients_of_cases
+from MedXAILib.cases.filters import conditions
 from MedXAILib.cases.gradient_space import Gradient
 from MedXAILib.cases.library import Library
-from MedXAILib.cases.nearest import conditions
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Space
