@@ -18,7 +18,8 @@ from monai.transforms import Compose, ScaleIntensityRange, Spacing
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from MedXAILib.cases.nearest import Usual, conditions, late_interaction, usual
+from MedXAILib.cases.filters import conditions
+from MedXAILib.cases.nearest import Usual, late_interaction, usual
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, Plain, contributions, fingerprint, said
 from MedXAILib.resources import path
@@ -247,14 +248,14 @@ def test_filters(made: mx.Model, tmp_path: Path) -> None:
 
 
 def test_conditions_are_ranges_numbers_and_names() -> None:
-    assert conditions(["a=1..2.5", "b=..-3", "c=1e2..", "d=x|2", "label=7"]) == {
+    assert conditions(["a=1..2.5", "b=..-3", "c=1e2..", "d=x|2", "d=y", "label=7"]) == {
         "a": (1.0, 2.5),
         "b": (None, -3.0),
         "c": (100.0, None),
-        "d": {"x", 2.0},
+        "d": {"x", "2", 2.0, "y"},
         "label": {"7"},
     }
-    for wrong in ("a", "=1", "a=", "a=..", "label=1..2"):
+    for wrong in ("a", "=1", "a=", "a=..", "label=1..2", "a=1..2..3"):
         with pytest.raises(mx.MedXAIError, match="is no filter"):
             conditions([wrong])
 

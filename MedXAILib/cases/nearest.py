@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from MedXAILib.cases.library import Library
-from MedXAILib.cases.record import NAMES, SCAN, Hit, Record
+from MedXAILib.cases.record import SCAN, Hit, Record
 from MedXAILib.cases.space import Space
-from MedXAILib.errors import MedXAIError
 from MedXAILib.similar_cases import Role
 
 FAR = 0.01
@@ -25,7 +23,6 @@ FIRST = 100
 
 # So many cases tell how near cases are to each other.
 _SAMPLE = 500
-_RANGE = re.compile(r"(-?[\d.]+(?:e[+-]?\d+)?)?\.\.(-?[\d.]+(?:e[+-]?\d+)?)?")
 
 
 class Searched(Protocol):
@@ -60,7 +57,7 @@ class Few:
 class Query:
     """A scan to find the like of: its `vector` (K,) by `embedder`, what the network `says` of it ("" when it names
     nothing), whose it is, and the fingerprint of the `scan`. With `regions` (R, K) the nearest are ordered by
-    late interaction; `where` is what must hold of all (see `conditions`)."""
+    late interaction; `where` is what must hold of all (see `cases.filters`)."""
 
     vector: np.ndarray
     says: str
@@ -191,30 +188,3 @@ def late_interaction(regions: np.ndarray, others: np.ndarray | None) -> float:
     most = np.argsort(-length, kind="stable")[: -(-len(a) // 4)]
     a, b = a[most] / np.maximum(length[most, None], 1e-30), b / np.maximum(np.linalg.norm(b, axis=1)[:, None], 1e-30)
     return float((a @ b.T).max(1).mean())
-
-
-def conditions(texts: Sequence[str]) -> dict[str, Any]:
-    """Filters such as "diameter_mm=10..20", "diameter_mm=..8" and "label=benign|malignant", as a library takes them.
-
-    Raises:
-        MedXAIError: for what is no filter.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        ends = _RANGE.fullmatch(value)
-        if not (name and equals and value) or (ends and (name in NAMES or ends.groups() == (None, None))):
-            raise MedXAIError(f"'{text}' is no filter: write name=value, name=one|other, or name=10..20 for numbers.")
-        if ends:
-            low, high = (None if end is None else float(end) for end in ends.groups())
-            found[name] = (low, high)
-        else:
-            found[name] = {part if name in NAMES else _value(part) for part in map(str.strip, value.split("|"))}
-    return found
-
-
-def _value(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -17,8 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from MedXAILib.cases.filters import conditions
 from MedXAILib.cases.library import Library
-from MedXAILib.cases.nearest import FAR, Few, Nearest, Query, Usual, conditions, usual
+from MedXAILib.cases.nearest import FAR, Few, Nearest, Query, Usual, usual
 from MedXAILib.cases.record import Hit, Record
 from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Places
