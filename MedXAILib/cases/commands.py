@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -106,8 +105,8 @@ def search(
         typer.Option(
             "--where",
             metavar="NAME=VALUE",
-            help="Only cases of which this holds: label=malignant, diameter_mm=10..20, age=..50; given again for the "
-            "same name, one of the values.",
+            help="Only cases of which this holds, such as label=malignant, label=none|benign, or diameter_mm=10..20; "
+            "may be given again.",
         ),
     ] = None,
     not_patient: Annotated[str | None, typer.Option("--not-patient", help="Whose cases do not count.")] = None,
@@ -116,9 +115,10 @@ def search(
     trust: _Trust = False,
 ) -> None:
     """Find the cases that are most similar to a scan."""
+    from MedXAILib.cases.filters import conditions
     from MedXAILib.cli import _live, _load, _numbers
 
-    conditions = _conditions(where or [])
+    held = conditions(where or [])
     corner = None if region is None else _numbers(region)
     cases = _opened(library, version)
     cases.embedder.dimension(space)
@@ -131,7 +131,7 @@ def search(
         with model.ready(device):
             seen = model.prepare(load_volume(volume if len(volume) > 1 else volume[0]), corner)
             vector = SPACES[space].embed(model, seen.x[None])[0].numpy()
-        hits = cases.search(vector, count, space, conditions, not_patient, fingerprint(model))
+        hits = cases.search(vector, count, space, held, not_patient, fingerprint(model))
     Console(highlight=False).print(_found(hits))
 
 
@@ -215,31 +215,6 @@ def _opened(place: str, version: int | None = None) -> Library:
     from MedXAILib.cases.library import Library
 
     return Library.open(place, version)
-
-
-def _conditions(texts: Sequence[str]) -> dict[str, Any]:
-    """What was typed, as `Library.search` takes it."""
-    from MedXAILib.cli import _pair
-
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, value = _pair(text)
-        low, dots, high = value.partition("..")
-        if dots:
-            found[name] = tuple(_end(end) for end in (low, high))
-        else:
-            told: set[str | float] = {value}
-            with suppress(ValueError):
-                told |= {float(value)}
-            found[name] = found.get(name, set()) | told
-    return found
-
-
-def _end(text: str) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise typer.BadParameter("give a range as numbers, such as diameter_mm=10..20") from None
 
 
 def _found(hits: Sequence[Hit]) -> Table:
