@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROUNDS = 60
+ROUNDS = 40
 _SURE = 0.2
 """By so many logits the other side is to lead, so that it does not hang by a thread."""
-_FIRST, _CHANGE = 1.0, 0.06
+_FIRST, _CHANGE = 1.0, 0.08
 _STRIDE = 0.5
 _STRANGE = 5.0
 
@@ -33,7 +33,7 @@ def otherwise(
     found, those at which it is largest. It stays where `distance` (N,) is at most `limit`, if there is another way.
     """
     start = codes.detach()
-    best, least = start.clone(), torch.full_like(start[:, 0], torch.inf)
+    best, least = start.clone(), torch.full_like(start[:, 0], torch.inf, dtype=torch.double)
     moved, radius = start.clone(), torch.full_like(start[:, 0], _FIRST)
     for done in range(rounds):
         step(done)
@@ -47,7 +47,7 @@ def otherwise(
             there = ahead > _SURE
             # Another decision is better than none, where something is like it better than where nothing is, and what is
             # nearer is better still.
-            rank = torch.where(there, off.norm(dim=1) + 1e3 * (strange > 0), 1e6 - ahead)
+            rank = torch.where(there, off.norm(dim=1) + 1e3 * (strange > 0), 1e6 - ahead.double())
             better = rank < least
             best, least = torch.where(better[:, None], moved, best), torch.where(better, rank, least)
             radius = radius * torch.where(there, 1 - _CHANGE, 1 + _CHANGE)

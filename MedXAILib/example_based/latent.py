@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from MedXAILib import resources
-from MedXAILib.engines.counterfactual import otherwise
+from MedXAILib.engines.counterfactual import ROUNDS, otherwise
 from MedXAILib.engines.nodule_size import diameter
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Question, Taxonomy, Teller
@@ -77,7 +77,7 @@ class Latent(Teller):
     towards: str = Field("", description="of a decision, the class to go to; the second likeliest if left out")
     steps: int = Field(9, ge=2, le=99, description="images, with the scan itself")
     reach: float = Field(3.0, gt=0, le=10, description="how far to go at most, in standard deviations of each code")
-    rounds: int = Field(60, ge=1, le=1000, description="how long to look for another decision")
+    rounds: int = Field(ROUNDS, ge=1, le=1000, description="how long to look for another decision")
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         run, model = question.run, question.model
