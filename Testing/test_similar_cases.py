@@ -408,6 +408,11 @@ def test_embedding_network_says_where_and_needs_no_target(tmp_path: Path) -> Non
     assert uids(found, "unlike") == ["d"]
     for case in found.cases:
         assert case.similarity == pytest.approx(cosine(asked, CASES[case.uid][0]), abs=1e-6)
+        assert case.query_map is not None and case.map is not None
+        block = tuple(slice(2 * i, 2 * i + 2) for i in PLACES[3])
+        assert (
+            float(case.query_map[0][block].max()) == pytest.approx(float(case.query_map.max())) and case.map.max() > 0
+        )
     assert found.residual["sum of map"] <= 1e-5
     with pytest.raises(mx.MedXAIError, match="use 'plain'"):
         ask(made, library, scan(*asked), space="saliency")
