@@ -21,6 +21,7 @@ from slicer_host import ctk  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.resources import path  # noqa: E402
+from MedXAILib.run import Run  # noqa: E402
 
 NODULE = (21.9, 120.5, -611.5)
 
@@ -417,6 +418,48 @@ def test_folder_of_an_explanation_is_opened(host, module, scan, tmp_path):
     assert module.logic.explanations() == [opened]
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Computed nodules that the demo network has embedded."""
+    pytest.importorskip("lancedb")
+    from MedXAILib.cases.demo import demo_library
+
+    folder = tmp_path_factory.mktemp("cases") / "library"
+    demo_library(mx.load_model(path("Models/lung_nodule")), Run(), folder, rounds=2)
+    return folder
+
+
+def similar(host, module, library):
+    """The cases of a library that is chosen as a person does."""
+    panel = module.explainPanel
+    choose(panel.ui.methodSelector, "similar_cases")
+    choose(panel.ui.targetSelector, "malignant")
+    host.files.append(str(library))
+    press(panel.whereForm.widget.findChild(ctk.ctkPathLineEdit, "libraryParameter")._browse)
+    press(panel.ui.explainButton)
+    host.until(lambda: panel.running is None)
+    assert not panel.ui.statusLabel.text
+    return panel.parameterNode.explanation
+
+
+def test_similar_cases_of_a_library_are_beside_the_scan(host, module, scan, library):
+    from MedXAISlicerLib import cases, geometry, layouts
+
+    shown = module.panels[2]
+    said = cases.read(similar(host, module, library))
+    assert {case["role"] for case in said["cases"]} >= {"alike", "unlike"}
+    assert said["scored"] == "cosine similarity" and shown.ui.textLabel.text == said["text"]
+    for case in said["cases"]:
+        # What is alike is the nodule, here and there.
+        assert np.linalg.norm(np.subtract(geometry.peak(case["query_map"]), NODULE)) < 15
+        assert np.linalg.norm(np.subtract(geometry.peak(case["map"]), case["place"])) < 1e-2
+    press(shown.ui.showBesideButton)
+    assert layouts.current() == "cases"
+    press(shown.ui.showBesideButton)
+    line = module.explainPanel.whereForm.widget.findChild(ctk.ctkPathLineEdit, "libraryParameter")
+    assert line._edit.itemText(0) == str(library)
+
+
 def test_self_test_of_the_module(host, module, monkeypatch):
     monkeypatch.setattr(slicer.util, "loadVolume", lambda file: slicer_scene.read_volume(Path(file), "CT"))
     slicer.selfTests["MedXAI"]()
@@ -429,7 +472,7 @@ def pictures(tmp_path_factory):
 
 
 @slicer_scene.needs_graphics
-def test_pictures(host, module, scan, pictures):
+def test_pictures(host, module, scan, library, pictures):
     """What the documentation shows."""
     from MedXAISlicerLib import answers, layouts, mrml
 
@@ -438,7 +481,7 @@ def test_pictures(host, module, scan, pictures):
         host.process()
         host.picture(panel.widget, pictures / f"panel-{name}.png")
 
-    panel, (result, words, cases, trust) = module.explainPanel, module.panels
+    panel, (result, words, cases, variants, trust) = module.explainPanel, module.panels
     press(panel.ui.predictButton)
     host.until(lambda: panel.running is None)
     first = explained(host, module, "integrated_gradients")
@@ -491,13 +534,33 @@ def test_pictures(host, module, scan, pictures):
     window(host, pictures / "slicer-concepts.png")
     words.ui.whatIfButton.collapsed = True
     module.ui.explainCollapsibleButton.collapsed = False
-    (node,) = mrml.addAnswers(scan, [answers.of(small_explanations.similar_cases(whole, NODULE))])
-    panel.parameterNode.explanation = node
+    node = similar(host, module, library)
     picture(cases, "cases")
-    layouts.compareCases(node, [0, 1, 5])
+    module.ui.explainCollapsibleButton.collapsed = True
+    for row in (2, 6, 9):
+        cases.ui.casesList.item(row).setSelected(True)
+    press(cases.ui.showBesideButton)
     host.process()
     window(host, pictures / "slicer-cases.png")
     layouts.leave()
+    volume, told = small_explanations.variants()
+    computed = slicer.util.addVolumeFromArray(volume.data[0].numpy(), volume.affine[:, [2, 1, 0, 3]], "Computed nodule")
+    computed.CreateDefaultDisplayNodes()
+    computed.GetDisplayNode().AutoWindowLevelOff()
+    computed.GetDisplayNode().SetWindowLevelMinMax(-1350, 150)
+    (node,) = mrml.addAnswers(computed, [answers.of(told)])
+    panel.parameterNode.explanation = node
+    variants.ui.cohortButton.collapsed = False
+    picture(variants, "variants")
+    layouts.showVariants(node)
+    host.process()
+    window(host, pictures / "slicer-variants.png")
+    variants.ui.cohortButton.collapsed = True
+    layouts.leave()
+    (node,) = mrml.addAnswers(computed, [answers.of(small_explanations.rules())])
+    panel.parameterNode.explanation = node
+    picture(words, "rules")
+    module.ui.explainCollapsibleButton.collapsed = False
 
 
 def window(host, file):

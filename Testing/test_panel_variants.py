@@ -98,6 +98,7 @@ def test_play_is_that_of_slicer(host, panel, node):
 
 def test_clicked_dot_says_which_case_it_is(host, panel, node):
     panel.show(node)
+    panel.ui.cohortButton.collapsed = False
     panel.widget.show()
     host.process()
     view = panel.cohortMap.view

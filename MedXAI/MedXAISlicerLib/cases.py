@@ -181,7 +181,9 @@ def _keep(tableNode, said, kept):
 def _addMap(tableNode, name, volumeNode, array, title):
     # Such a map is smooth, of few places: there are no stray voxels, and most of a nodule is above any percentile.
     limit = float(np.abs(array).max()) or 1.0
-    return captions.addMap(tableNode, name, volumeNode, array, title, limit)
+    index = captions.addMap(tableNode, name, volumeNode, array, title, limit)
+    results.parts(tableNode, name)[index].SetAttribute("MedXAI.Meaning", "Likeness")
+    return index
 
 
 def _addQueryMap(tableNode, volumeNode, array, uid):
