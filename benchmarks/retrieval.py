@@ -19,7 +19,7 @@ from benchmarks.measure import machine
 from MedXAILib import resources
 from MedXAILib.cases.nearest import FIRST, late_interaction
 from MedXAILib.cases.spaces import Plain, Pooled, Saliency
-from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, Backgrounds, Nodules, synthesise
+from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules, synthesise
 from MedXAILib.trust import retrieval
 
 RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.json"
@@ -56,7 +56,8 @@ EMBEDDINGS: dict[str, tuple[str, Pooled]] = {
     "triplet": ("lung_nodule_triplet", Plain()),
 }
 """What is compared: networks and spaces. Those that are not there are left out."""
-AGAINST = "plain"
+AGAINST = ("means", "plain")
+"""Every embedding is compared with these."""
 
 
 def nodules(backgrounds: Backgrounds, count: int, seed: int) -> Nodules:
@@ -106,14 +107,15 @@ def reordered(model: mx.Model, similarity: np.ndarray, queries: Tensor, library:
     return found
 
 
-def row(similarity: np.ndarray, relevance: np.ndarray, against: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
-    """Each measure with its 95 % interval, and that of the lead in nDCG over the embedding to compare `against`."""
-    values = retrieval.measured(retrieval.ranking(similarity, relevance), AT, RELEVANT)
-    found: dict[str, Any] = {name: retrieval.interval(value) for name, value in values.items()}
+def row(values: Mapping[str, np.ndarray], against: Mapping[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
+    """Each measure with its 95 % interval, nDCG of each class of nodules, and by how much that of all is higher than
+    those `against`."""
     name = f"nDCG@{AT}"
-    if against is not None:
-        found["lead"] = retrieval.interval(values[name] - against[name])
-    return found
+    return {
+        **{measure: retrieval.interval(value) for measure, value in values.items()},
+        **{f"{name} of {one}": v[name] for one, v in retrieval.stratified({name: values[name]}, classes).items()},
+        **{f"lead over {other}": retrieval.interval(values[name] - than) for other, than in against.items()},
+    }
 
 
 def measure(queries: Nodules, library: Nodules) -> dict[str, dict[str, Any]]:
@@ -136,12 +138,17 @@ def measure(queries: Nodules, library: Nodules) -> dict[str, dict[str, Any]]:
             **{f"stays with {change}": retrieval.interval(value) for change, value in stays.items()},
         }
         print(name, flush=True)
-    base = models[EMBEDDINGS[AGAINST][0]]
-    similarity["plain, by regions"] = reordered(base, similarity[AGAINST], queries.images, library.images)
-    against = retrieval.measured(retrieval.ranking(similarity[AGAINST], relevance), AT, RELEVANT)
-    return {
-        name: {**row(value, relevance, None if name == AGAINST else against), **extra.get(name, {})}
+    base = models[EMBEDDINGS["plain"][0]]
+    similarity["plain, by regions"] = reordered(base, similarity["plain"], queries.images, library.images)
+    values = {
+        name: retrieval.measured(retrieval.ranking(value, relevance), AT, RELEVANT)
         for name, value in similarity.items()
+    }
+    against = {name: values[name][f"nDCG@{AT}"] for name in AGAINST}
+    classes = [CLASSES[label] for label in queries.labels.tolist()]
+    return {
+        name: {**row(value, {n: v for n, v in against.items() if n != name}, classes), **extra.get(name, {})}
+        for name, value in values.items()
     }
 
 
@@ -154,7 +161,8 @@ def _there(network: str) -> bool:
 
 def table(results: Mapping[str, Any]) -> str:
     """What was measured, for a page."""
-    columns = [f"nDCG@{AT}", "lead", f"P@{AT}", "mAP", "MRR", "stays with noise", "stays with shift"]
+    leads = [f"lead over {name}" for name in AGAINST]
+    columns = [f"nDCG@{AT}", *leads, f"P@{AT}", "mAP", "MRR", "stays with noise", "stays with shift"]
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name, found in results["embeddings"].items():
         lines.append(f"| {name} | {' | '.join(_cell(found.get(column)) for column in columns)} |")
