@@ -144,8 +144,11 @@ def test_a_rule_in_numbers() -> None:
     assert (told.cases, told.completeness, told.correctness) == (72, 0.8, 7 / 8)
     # Of six cases the label is known: three benign, three not.
     assert told.truth == 0.5 and told.compactness == 1
-    # One case, and a rule that is no better than to say b of all.
-    assert judged(replace(rule, conditions=(Condition("f0", ">", 8.5),)), cases(x, says), 0) is None
+    # One case of a class that is rare: better than chance, but the description of one.
+    rare = Rule((Condition("f0", "<=", 0.5),), "a", 0, 0, 0)
+    assert judged(rare, cases(x, ["a"] + ["b"] * 9), 0) is None
+    assert judged(rare, cases(np.r_[x, x], (["a"] + ["b"] * 9) * 2), 0) is not None
+    # No better than to say b of all.
     assert judged(replace(rule, conditions=(Condition("f0", ">", -1.0),)), cases(x, says), 0) is None
 
 
