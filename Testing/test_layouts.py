@@ -189,6 +189,15 @@ def test_map_for_a_case_is_kept_where_it_is_something(app):
         np.testing.assert_array_equal(whole[k : k + d, j : j + h, i : i + w], kept)
 
 
+def test_deleting_takes_the_maps_for_the_cases_along(app):
+    before = {node.GetID() for node in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")}
+    scan, node, *_ = with_queries(3)
+    layouts.compareCases(node, [0, 1])
+    deleting.delete(node)
+    left = {node.GetID() for node in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")} - before
+    assert left == {scan.GetID()} and layouts.current() is None
+
+
 def window(node):
     shown = node.GetDisplayNode()
     return shown.GetWindowLevelMin(), shown.GetWindowLevelMax()
@@ -373,16 +382,16 @@ def test_deleting_what_is_compared_leaves_the_comparison(app):
     assert results.findExplanations() == [one]
 
 
-@pytest.mark.parametrize("kind", ["maps", "cases"])
+@pytest.mark.parametrize("kind", ["maps", "cases", "pairs"])
 def test_saved_scene_brings_the_comparison_back(tmp_path: Path, kind):
     with opened() as app:
-        scan, node, *_ = add_cases() if kind == "cases" else add_caption()
+        scan, node, *_ = {"maps": add_caption, "cases": add_cases, "pairs": lambda: with_queries(3)}[kind]()
         segmentation = slicer_scene.add_segmentation(scan, blob(VOXEL) > 0.5, "Nodule")
         segmentation.CreateDefaultDisplayNodes()
-        if kind == "cases":
-            layouts.compareCases(node, [0, 2, 4])
-        else:
+        if kind == "maps":
             layouts.compareMaps(*results.maps(node))
+        else:
+            layouts.compareCases(node, [0, 2, 4] if kind == "cases" else [0, 1, 3])
         # Where a person has moved one since.
         in_layout(app.layout)[1][0][0].JumpSliceByCentering(12, 34, -56)
         before = shown(app.layout)
@@ -390,7 +399,7 @@ def test_saved_scene_brings_the_comparison_back(tmp_path: Path, kind):
     with opened() as app:
         slicer_scene.load(tmp_path / "scene.mrb", tmp_path / "cache")
         layouts.restore()
-        assert layouts.current() == kind
+        assert layouts.current() == ("maps" if kind == "maps" else "cases")
         after = shown(app.layout)
         for was, now in zip(chain(*before), chain(*after), strict=True):
             for name in ("at", "width", "opacity"):

@@ -16,8 +16,8 @@ ROLES = {
     "alike": "",
     "unlike": "said otherwise",
     "mistaken": "network wrong",
-    "helpful": "speaks for",
-    "harmful": "speaks against",
+    "helpful": "for",
+    "harmful": "against",
     "prototype": "prototype",
 }
 """Why a case is shown, in the order in which they are, in a word or two; nothing of the usual one."""
@@ -37,7 +37,7 @@ def addingCases(volumeNode, answer):
     said = answer.manifest
     columns = {"Case": "uid", "Label": "label", said["scored"].capitalize(): "similarity", "Role": "role"}
     tableNode = results.addTable(
-        results.safeName(f"{volumeNode.GetName()} similar cases"),
+        results.safeName(f"{volumeNode.GetName()} {answer.provenance.get('title') or 'similar cases'}"),
         {title: [case[name] for case in said["cases"]] for title, name in columns.items()},
     )
     results.describe(tableNode, answer)
@@ -123,8 +123,13 @@ def about(node):
     lines = [said["text"] or "Cases that look alike to the network"]
     for i, case in enumerate(said["cases"], 1):
         role = f", {ROLES[case['role']]}" if ROLES[case["role"]] else ""
-        lines.append(f"{i}. {case['label']}, {said['scored']} {case['similarity']:.2f}{role}: {case['uid']}")
+        lines.append(f"{i}. {case['label']}, {said['scored']} {number(case['similarity'])}{role}: {case['uid']}")
     return lines
+
+
+def number(value):
+    """A similarity or a score in few digits, which may be large, or much less than 1."""
+    return f"{value:.2f}" if 0.1 <= abs(value) < 100 or not value else f"{value:.3g}"
 
 
 def amounts(case):

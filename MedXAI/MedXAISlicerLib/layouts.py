@@ -320,7 +320,7 @@ _COLUMNS = {"maps": _mapColumns, "cases": _caseColumns, "variants": _variantColu
 
 def _labelOf(case):
     role = f", {cases.ROLES[case['role']]}" if cases.ROLES[case["role"]] else ""
-    return results.safeText(f"{case['label']} {case['similarity']:.2f}{role}")
+    return results.safeText(f"{case['label']} {cases.number(case['similarity'])}{role}")
 
 
 def _label(mapNode):

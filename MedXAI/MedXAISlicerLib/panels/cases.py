@@ -129,7 +129,7 @@ class CasesPanel(Panel):
     def _addCard(self, index, scored):
         casesList, case = self.ui.casesList, self._found[index]
         numbers = cases.amounts(case)
-        casesList.addItem("\n".join([f"{case['label']} {_number(case['similarity'])}", *numbers[:_ON_CARD]]))
+        casesList.addItem("\n".join([f"{case['label']} {cases.number(case['similarity'])}", *numbers[:_ON_CARD]]))
         card = casesList.item(len(self._indices))
         card.setIcon(_icon(cases.thumbnail(self.node, index, size=2 * casesList.iconSize.width())))
         card.setToolTip(_toolTip(case, scored, numbers))
@@ -247,17 +247,12 @@ def _toolTip(case, scored, numbers):
     lines = [
         _("Case {uid}").format(uid=case["uid"]) + (f", {case['source']}" if case["source"] else ""),
         *filter(None, [_ROLES[case["role"]], case["note"], ", ".join(numbers)]),
-        likeness.format(scored=scored.capitalize(), value=_number(case["similarity"])),
+        likeness.format(scored=scored.capitalize(), value=cases.number(case["similarity"])),
     ]
     if case["volume"] is None:
         lines.append(_("Its image is not in the scene: it cannot be shown beside the scan."))
     # As rich text, because Qt wraps no other tool tip.
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
-
-
-def _number(value):
-    """A similarity or a score in few digits, which may be large, or much less than 1."""
-    return f"{value:.2f}" if 0.1 <= abs(value) < 100 or not value else f"{value:.3g}"
 
 
 def _icon(picture):
