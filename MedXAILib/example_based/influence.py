@@ -65,8 +65,8 @@ class Influence(Teller):
 
     library: Folder = Field(
         "",
-        description="library of the cases that were learnt from, embedded by this network; demonstration nodules when "
-        "left out",
+        description="library of the cases that were learnt from, as medxai cases build makes them; demonstration "
+        "nodules when left out",
     )
     version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     by: Literal["last layer", "tracin", "trak"] = Field(

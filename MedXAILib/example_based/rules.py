@@ -61,7 +61,11 @@ class Rules(Teller):
         limits="of what was measured only; that a rule agrees with the network does not make it the network's reason",
     )
 
-    library: Folder = Field("", description="library of cases of this network; demonstration nodules when left out")
+    library: Folder = Field(
+        "",
+        description="library of cases of this network, as medxai cases build makes them; demonstration nodules "
+        "when left out",
+    )
     version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     table: str = Field(
         "", description="CSV file in place of a library: volume, label, patient, what the network said, and numbers"

@@ -65,7 +65,9 @@ class SimilarCaseSearch(Teller):
     )
 
     library: Folder = Field(
-        "", description="library of cases that this network embedded; demonstration nodules when left out"
+        "",
+        description="library of cases that this network embedded, as medxai cases build makes them; demonstration "
+        "nodules when left out",
     )
     version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     count: int = Field(4, ge=1, description="nearest cases to show of which the network says the same")
