@@ -377,7 +377,7 @@ class Library:
         return query.nprobes(parts).refine_factor(_REFINED) if parts else query.bypass_vector_index()
 
     def _similarities(self, asked: np.ndarray, space: str, parts: int) -> list[float]:
-        found = self._near(asked, space, BEST + 1, parts).select([_column(space)]).to_arrow()
+        found = self._near(asked, space, BEST + 1, parts).select([_column(space), "_distance"]).to_arrow()
         size, metric = self.embedder.spaces[space]
         similar: list[float] = similarities(asked[None], _vectors(found, space, size), metric)[0].tolist()
         return similar
