@@ -437,8 +437,7 @@ RECIPE = Recipe(
     own=own,
     repeat=repeated,
     project=project,
-    epochs=12,
+    epochs=8,
     steps=_BATCHES,
     learning_rate=1e-2,
-    patience=12,
 )
