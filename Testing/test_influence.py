@@ -95,7 +95,7 @@ def test_gradients_of_a_batch_are_those_of_its_samples(kind):
 
 
 def test_short_vectors_have_the_same_inner_products():
-    vectors = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    vectors = 1 + torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
     true = float(vectors[0] @ vectors[1])
     found = [projected(vectors, 64, seed) for seed in range(200)]
     products = np.array([float(a @ b) for a, b in found])
@@ -148,12 +148,21 @@ def test_classes_are_fitted_to_the_optimum():
     assert np.allclose(head.weights, known.coef_, atol=1e-6)
 
 
-def test_optimum_is_reached_from_afar():
-    """Classes that are far apart, barely held: whole steps of Newton's method would run away."""
-    x, labels = clusters(60, 5, apart=100.0)
-    y = np.eye(3)[labels]
-    head = LastLayer.fit(x, y, 1e-4)
-    assert np.abs(head.wrong.T @ head.features + 1e-4 * head.weights).max() < 1e-8
+def test_optimum_is_reached_from_anywhere():
+    """From weights that are far off, whole steps of Newton's method may run away."""
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        x, labels = 10 * random.normal(size=(16, 2)), random.integers(0, 3, 16)
+        head = LastLayer.fit(x, np.eye(3)[labels], 0.1, start=8 * random.normal(size=(3, 3)))
+        assert np.abs(head.wrong.T @ head.features + 0.1 * head.weights).max() < 1e-8
+
+
+def test_counts_are_how_often_a_case_is_there():
+    x, labels = clusters(30, 6)
+    counts = np.arange(30) % 3
+    counted = LastLayer.fit(x, np.eye(3)[labels], 2.0, counts=counts.astype(float))
+    there = np.repeat(np.arange(30), counts)
+    assert np.allclose(counted.weights, LastLayer.fit(x[there], np.eye(3)[labels[there]], 2.0).weights, atol=1e-8)
 
 
 def test_of_many_features_only_components_count():
