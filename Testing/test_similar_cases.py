@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import small_explanations
 import torch
-from conftest import oblique_affine
+from conftest import NETWORKS, make_model, oblique_affine
 from monai.transforms import Compose, ScaleIntensityRange, Spacing
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ import MedXAILib as mx
 from MedXAILib.cases.filters import conditions
 from MedXAILib.cases.nearest import Usual, late_interaction, usual
 from MedXAILib.cases.record import SCAN, Record
-from MedXAILib.cases.spaces import SPACES, Plain, contributions, fingerprint, said
+from MedXAILib.cases.spaces import SPACES, Plain, Saliency, contributions, fingerprint, said
 from MedXAILib.resources import path
 from MedXAILib.trust import telling
 
@@ -451,3 +451,33 @@ def test_shipped_network_on_oblique_scans(tmp_path: Path) -> None:
             assert float(values.sum()) * voxel / unit == pytest.approx(case.similarity, rel=0.03)
         centre = np.array(regions[i]) + (nodules.centres[i].numpy() - 19.5) * 1.25
         assert np.linalg.norm(np.array(case.place) - centre) < float(nodules.attributes[i, 0]) / 2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "unet", "vit"])
+def test_of_any_network_the_places_sum_to_the_cosine(name: str) -> None:
+    made = make_model(name)
+    x = torch.randn(2, 1, *NETWORKS[name][2], generator=torch.Generator().manual_seed(1))
+    for space in (Plain(), Saliency()):
+        vectors = space.embed(made, x)
+        places = space.places(made, x)
+        alike = places.alike(vectors[:1])
+        torch.testing.assert_close(
+            alike.flatten(1).sum(1).float(), torch.cosine_similarity(vectors, vectors[:1]), atol=1e-5, rtol=0
+        )
+        assert places.mapped and places.placed(alike).shape == x.shape
+
+
+def test_plain_images_have_cases_and_no_place(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    made = mx.Model(nn.Sequential(*layers), class_names=("smooth", "spiky"))
+    images = [mx.Volume(torch.randn(1, 20, 24), np.diag([0.5, 0.5, 1.0])) for _ in range(6)]
+    spaces: dict[str, tuple[int, Any]] = {"plain": (8, "cosine"), "saliency": (4, "cosine")}
+    library = Library.create(tmp_path / "library", Embedder(fingerprint(made), "", "", spaces))
+    for i, image in enumerate(images[1:]):
+        sitk.WriteImage(image.to_sitk(), str(tmp_path / "library" / f"{i}.nrrd"))
+        library.add([record(made, str(i), image, volume=f"{i}.nrrd")])
+    found = ask(made, library, images[0])
+    assert found.cases and found.query_map is None and found.residual["sum of map"] <= 1e-5
+    for case in found.cases:
+        assert case.map is not None and case.map.shape == (1, 20, 24) and case.place is None

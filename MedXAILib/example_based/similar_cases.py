@@ -101,7 +101,7 @@ class SimilarCaseSearch(Teller):
         library = self._opened(question)
         run.settled |= {"library": library.path, "version": library.version}
         run.step(0, 1, self.title)
-        here = space.places(question.model, question.x)
+        here = self._places(question, question.x)
         query = self._query(question, volume, here.vectors[0])
         if not query.vector.any():
             return _nothing("The network finds nothing in this scan that could be compared.")
@@ -121,7 +121,11 @@ class SimilarCaseSearch(Teller):
             percentile = nearest.usual.percentile(hit.similarity)
             case = _case(hit, role, percentile, library)
             if self.maps:
-                case = self._with_maps(case, hit, question, volume, library, here, missed)
+                alike = here.alike(torch.tensor(hit.record.vectors[space.name])[None])
+                case, miss = self._with_scan(case, hit, question, library, here)
+                missed += [miss, _missed(alike, hit.similarity)]
+                if len(volume.shape) == 3:
+                    case = replace(case, query_map=_on(here, alike, question.seen[0], volume))
             cases.append(case)
         shown = cases[0].query_map
         return partial(
@@ -145,7 +149,7 @@ class SimilarCaseSearch(Teller):
         model = question.model
         with torch.no_grad():
             (says,) = said(model, model.forward(question.x))
-        question.run.cost.forwards += 2
+        question.run.cost.forwards += 1 + self.rerank
         return Query(
             vector=vector.float().numpy(),
             says=says,
@@ -186,44 +190,46 @@ class SimilarCaseSearch(Teller):
             )
         return found
 
-    def _with_maps(
-        self,
-        case: Case,
-        hit: Hit,
-        question: Question,
-        volume: Volume,
-        library: Library,
-        here: Places,
-        missed: list[float],
-    ) -> Case:
-        """`case` with where the likeness lies, in it and in the scan, or without when its scan cannot be read."""
-        run, space = question.run, _SPACES[self.space]
-        vector = torch.tensor(hit.record.vectors[space.name])[None]
-        mine = here.alike(vector)
-        query_map = None
-        if here.mapped and len(volume.shape) == 3:
-            placed = here.placed(mine)[0].float()
-            query_map = resample(placed, question.seen[0].affine, volume.shape, volume.affine)
-        missed.append(_missed(mine, hit.similarity))
+    def _places(self, question: Question, x: Tensor) -> Places:
+        cost = question.run.cost
+        cost.forwards += len(x)
+        cost.backwards += len(x) * (self.space == "saliency")
+        return _SPACES[self.space].places(question.model, x)
+
+    def _with_scan(
+        self, case: Case, hit: Hit, question: Question, library: Library, here: Places
+    ) -> tuple[Case, float]:
+        """`case` with its scan, and where in it the likeness lies, or as it is when the scan cannot be read; and by how
+        much the map misses the similarity."""
+        run = question.run
         try:
             scan = library.volume(hit.record)
         except MedXAIError as error:
             run.note(f"The case '{case.uid}' is shown without its scan: {error}")
-            return replace(case, query_map=query_map)
+            return case, 0.0
         seen, x = _seen(question, hit.record, scan)
-        there = space.places(question.model, x)
-        run.cost.forwards += 1
-        theirs = there.alike(here.vectors)
-        miss = _missed(theirs, hit.similarity)
-        missed.append(miss)
-        if miss > _CHANGED:
+        there = self._places(question, x)
+        alike = there.alike(here.vectors)
+        missed = _missed(alike, hit.similarity)
+        if missed > _CHANGED:
             run.note(f"The scan of the case '{case.uid}' is not what was embedded: add the case again.")
         inside = part(scan, seen)
-        if not there.mapped:
-            return replace(case, query_map=query_map, volume=inside)
-        values = resample(there.placed(theirs)[0].float(), seen.affine, inside.shape, inside.affine)
-        place: Any = tuple(float(v) for v in inside.to_point(highest(values[0])))
-        return replace(case, query_map=query_map, volume=inside, map=values, place=place)
+        placed = _on(there, alike, seen, inside)
+        return replace(case, volume=inside, map=placed, place=_peak(placed, inside)), missed
+
+
+def _on(places: Places, alike: Tensor, seen: Prepared, volume: Volume) -> Tensor | None:
+    """What each place adds, on the grid of `volume`: (1, D, H, W). None where the network does not say."""
+    if not places.mapped:
+        return None
+    return resample(places.placed(alike)[0].float(), seen.affine, volume.shape, volume.affine)
+
+
+def _peak(values: Tensor | None, volume: Volume) -> Any:
+    """The point of a map in RAS mm; none of a plain image."""
+    if values is None or len(volume.shape) < 3:
+        return None
+    return tuple(float(v) for v in volume.to_point(highest(values[0])))
 
 
 def _nothing(why: str) -> Callable[..., Explanation]:
