@@ -132,9 +132,12 @@ def measure(queries: Nodules, library: Nodules) -> dict[str, dict[str, Any]]:
         similarity[name] = space.similarity(asked, held)
         seconds = (time.process_time() - started) / (len(held) + len(asked))
         stays = retrieval.consistency(space, model, queries.images[:100], held, AT)
+        moved = space.similarity(embedded(model, space, queries.images.roll(1, -1)), held)
+        good = retrieval.measured(retrieval.ranking(moved, relevance), AT, RELEVANT)[f"nDCG@{AT}"]
         extra[name] = {
             "dimension": held.shape[1],
             "seconds": seconds,
+            "moved by a voxel": retrieval.interval(good),
             **{f"stays with {change}": retrieval.interval(value) for change, value in stays.items()},
         }
         print(name, flush=True)
@@ -162,7 +165,16 @@ def _there(network: str) -> bool:
 def table(results: Mapping[str, Any]) -> str:
     """What was measured, for a page."""
     leads = [f"lead over {name}" for name in AGAINST]
-    columns = [f"nDCG@{AT}", *leads, f"P@{AT}", "mAP", "MRR", "stays with noise", "stays with shift"]
+    columns = [
+        f"nDCG@{AT}",
+        *leads,
+        f"P@{AT}",
+        "mAP",
+        "MRR",
+        "moved by a voxel",
+        "stays with noise",
+        "stays with shift",
+    ]
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name, found in results["embeddings"].items():
         lines.append(f"| {name} | {' | '.join(_cell(found.get(column)) for column in columns)} |")

@@ -284,5 +284,5 @@ def _text(says: str, found: Sequence[tuple[Role, Hit]]) -> str:
             count = f"{len(hits)} nearest cases" if len(hits) > 1 else "nearest case"
             labels = Counter(hit.record.label or "unknown" for hit in hits)
             known = ", ".join(f"{n} {label}" for label, n in labels.most_common())
-            parts.append(f"The {count}{which} (similarity up to {hits[0].similarity:.2f}): {known}.")
+            parts.append(f"The {count}{which} (similarity up to {max(hit.similarity for hit in hits):.2f}): {known}.")
     return " ".join(parts)
