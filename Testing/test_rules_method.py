@@ -288,6 +288,14 @@ def test_the_rule_of_the_neighbourhood(tmp_path: Path) -> None:
         assert told.rules[0] is own or told.rules[0] == own
 
 
+def test_label_is_what_is_to_be_said_and_no_feature(tmp_path: Path) -> None:
+    rows = [f"s.nrrd,{i % 2},{i},{'ab'[i % 2]},{(7 * i) % 13}" for i in range(200)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["volume,label,patient,said,noise", *rows]), encoding="utf-8")
+    told = mx.tell(model(), scan(), "rules", table=str(table))
+    assert told.rules == () and told.text.startswith("No rule holds: by noise one")
+
+
 class Named(nn.Module):
     """Decides by two attributes, which it names: how bright, and how uneven."""
 
@@ -331,7 +339,9 @@ def test_attributes_that_the_network_names_are_read_from_the_scans(tmp_path: Pat
     assert told.provenance.forwards >= 60
     # By what is known of them instead, nothing can be said.
     known = mx.tell(model(Named()), scan(0.7), "rules", table=str(table), of="known")
-    assert known.rules == () and known.text.startswith("No rule holds: other do not tell")
+    assert known.rules == () and known.text.startswith(
+        "No rule holds: by other one can tell what the network says no better"
+    )
 
 
 @pytest.mark.parametrize(

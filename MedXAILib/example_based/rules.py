@@ -28,6 +28,7 @@ from MedXAILib.rule import Rule
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.table import Row, read_rows
 from MedXAILib.target import read_layers
+from MedXAILib.textual.attribute_sentence import listed
 from MedXAILib.textual.semantic import NamesAttributes
 from MedXAILib.volume import Volume, load_volume
 
@@ -240,8 +241,8 @@ def _text(rules: Sequence[Rule], judging: Cases, says: str, here: Mapping[str, f
     general = [rule for rule in rules if rule.scope == "all"]
     if not general:
         return (
-            f"No rule holds: {', '.join(judging.features)} do not tell what the network says better than to say the "
-            "same of every case."
+            f"No rule holds: by {listed(judging.features)} one can tell what the network says no better than by saying "
+            "the same of every case."
         )
     # They cover different cases.
     covered = sum(rule.cases for rule in general)
