@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
@@ -19,18 +17,16 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from MedXAILib import resources
 from MedXAILib.cases.spaces import Plain
 from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.networks.triplet import TripletEmbedding
-from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import RECIPES, train, triplet
 from MedXAILib.training.bundle import Grid
 from MedXAILib.training.table import UNKNOWN, Patches, read_table
 from MedXAILib.training.trainer import fit
-from MedXAILib.training.triplet_loss import batch_hard, by_cue, distances, hierarchical, leading, violations
+from MedXAILib.training.triplet_loss import batch_all, batch_hard, by_cue, distances, hierarchical, leading, violations
 
 MARGIN = 0.2
 
@@ -91,6 +87,19 @@ def test_batch_hard_is_the_worst_triplet_of_each_anchor(seed: int) -> None:
         assert float(batch_hard(embeddings, same, other, MARGIN)) == pytest.approx(np.mean([*worst.values()]), abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_batch_all_is_the_mean_of_the_triplets_that_ask_for_something(seed: int) -> None:
+    embeddings, table = unit(10, seed=seed), cues(10, seed, unknown=True)
+    for column, within, (same, other) in zip(table.T.tolist(), WITHIN, by_cue(table, WITHIN), strict=True):
+        values = []
+        for a, p, n in product(range(10), repeat=3):
+            if a not in (p, n) and abs(column[a] - column[p]) <= within and abs(column[a] - column[n]) > within:
+                one = [embeddings[i : i + 1] for i in (a, p, n)]
+                values.append(float(F.triplet_margin_loss(*one, margin=MARGIN, eps=0)))
+        expected = np.mean([value for value in values if value > 0])
+        assert 0 in values and float(batch_all(embeddings, same, other, MARGIN)) == pytest.approx(expected, abs=1e-5)
+
+
 def test_batch_hard_by_hand() -> None:
     """Two of a kind 20 degrees apart, and another 60 degrees from the nearer."""
     embeddings, labels = on_circle(0, 20, 80), torch.tensor([[0.0], [0.0], [1.0]])
@@ -104,19 +113,30 @@ def test_batch_hard_by_hand() -> None:
     assert float(batch_hard(embeddings, same, other, wide)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_who_has_nobody_to_be_nearer_than_is_no_anchor() -> None:
+    embeddings = on_circle(0, 20, 80)
+    same = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    other = torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 0]]).bool()
+    wide = chord(80)
+    assert float(batch_hard(embeddings, same, other, wide)) == pytest.approx(chord(20), abs=1e-6)
+
+
 def test_a_batch_without_triplets_asks_for_nothing() -> None:
     embeddings = unit(4).requires_grad_()
     same, other = next(by_cue(torch.zeros(4, 1), [0.0]))
-    value = batch_hard(embeddings, same, other)
-    value.backward()
-    assert float(value.detach()) == 0 and embeddings.grad is not None and not embeddings.grad.any()
+    for triplets in (batch_hard, batch_all):
+        value = triplets(embeddings, same, other)
+        value.backward()
+        assert float(value.detach()) == 0 and embeddings.grad is not None and not embeddings.grad.any()
 
 
 def test_cases_that_are_the_same_have_a_gradient() -> None:
     embeddings = on_circle(0, 0, 0, 10).requires_grad_()
     same, other = next(by_cue(torch.tensor([[0.0], [0.0], [1.0], [1.0]]), [0.0]))
-    batch_hard(embeddings, same, other).backward()
-    assert embeddings.grad is not None and embeddings.grad.isfinite().all() and embeddings.grad.any()
+    for triplets in (batch_hard, batch_all):
+        embeddings.grad = None
+        triplets(embeddings, same, other).backward()
+        assert embeddings.grad is not None and embeddings.grad.isfinite().all() and embeddings.grad.any()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -134,22 +154,24 @@ def test_the_hierarchical_loss_is_that_of_all_triplets_of_all_levels(seed: int) 
             if near == level and far is not None and far < level:
                 worst[a] = max(0.0, apart[a][i] - apart[a][j] + MARGIN, worst.get(a, 0.0))
         levels.append(np.mean([*worst.values()]) if worst else 0.0)
-    assert float(hierarchical(embeddings, table, WITHIN, MARGIN)) == pytest.approx(np.mean(levels), abs=1e-5)
+    assert float(hierarchical(embeddings, table, WITHIN, batch_hard, MARGIN)) == pytest.approx(
+        np.mean(levels), abs=1e-5
+    )
 
 
 def test_the_hierarchical_loss_is_zero_just_when_who_shares_more_is_nearer() -> None:
     """Class, then size: on a circle, by hand."""
     table = torch.tensor([[0.0, 10.0], [0.0, 11.0], [0.0, 20.0], [1.0, 10.0]])
     ordered = on_circle(0, 10, 50, 120)
-    assert float(hierarchical(ordered, table, [0.0, 3.0], MARGIN)) == 0
+    assert float(hierarchical(ordered, table, [0.0, 3.0], batch_hard, MARGIN)) == 0
     # The same class of another size is nearer than the same size, and then another class than the same.
-    assert float(hierarchical(on_circle(0, 50, 10, 120), table, [0.0, 3.0], MARGIN)) > 0
-    assert float(hierarchical(on_circle(0, 10, 120, 50), table, [0.0, 3.0], MARGIN)) > 0
+    assert float(hierarchical(on_circle(0, 50, 10, 120), table, [0.0, 3.0], batch_hard, MARGIN)) > 0
+    assert float(hierarchical(on_circle(0, 10, 120, 50), table, [0.0, 3.0], batch_hard, MARGIN)) > 0
     # The first alone cannot tell: all of its class are nearer than the other.
     same, other = next(by_cue(table, [0.0, 3.0]))
     assert float(batch_hard(on_circle(0, 50, 10, 120), same, other, MARGIN)) == 0
     # The margin, too: 10 and 50 degrees are 0.67 apart in distance, 120 and 50 are 0.89, seen from the first.
-    assert float(hierarchical(ordered, table, [0.0, 3.0], chord(120) - chord(50) + 0.01)) > 0
+    assert float(hierarchical(ordered, table, [0.0, 3.0], batch_hard, chord(120) - chord(50) + 0.01)) > 0
 
 
 def test_an_unknown_cue_decides_nothing() -> None:
@@ -182,8 +204,6 @@ def network(seed: int = 0) -> TripletEmbedding:
     torch.manual_seed(seed)
     made = TripletEmbedding((5, 3), width=4).eval()
     made.head.bias.data.normal_()
-    made.standard.running_mean.normal_()
-    made.standard.running_var.uniform_(0.5, 2.0)
     return made
 
 
@@ -193,23 +213,31 @@ def test_the_embedding_is_a_layer_on_what_the_classifier_pools() -> None:
     classifier.load_state_dict(made.state_dict(), strict=False)
     with torch.no_grad():
         pooled = classifier.features(image)
-        standard = (pooled - made.standard.running_mean) / (made.standard.running_var + 1e-5).sqrt()
-        expected = standard @ made.head.weight.T + made.head.bias
+        expected = pooled @ made.head.weight.T + made.head.bias
         torch.testing.assert_close(made(image), expected / expected.norm(dim=1, keepdim=True))
 
 
-@pytest.mark.parametrize("image", [torch.rand(2, 1, 24, 32, 40), torch.zeros(1, 1, 24, 24, 24)], ids=["any", "ties"])
-def test_contributions_sum_to_the_embedding(image: Tensor) -> None:
-    made = network()
+def test_contributions_sum_to_the_embedding() -> None:
+    made, image = network(), torch.rand(2, 1, 24, 32, 40)
     with torch.no_grad():
         parts = made.contributions(image)
-        assert parts.shape == (len(image), 8, *(size // 4 for size in image.shape[2:]))
+        assert parts.shape == (2, 8, 6, 8, 10)
         whole = parts.sum((2, 3, 4))
         torch.testing.assert_close(F.normalize(whole), made(image), atol=1e-5, rtol=0)
         # Not only the direction.
         seen = made.seen(image)
         pooled = torch.cat([seen.mean((2, 3, 4)), seen.amax((2, 3, 4))], dim=1)
-        torch.testing.assert_close(whole, made.head(made.standard(pooled)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(whole, made.head(pooled), atol=1e-5, rtol=0)
+
+
+def test_places_that_are_equally_high_share_the_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = network(), torch.zeros(1, 16, 2, 2, 2)
+    seen[..., 0] = 3.0
+    monkeypatch.setattr(made, "seen", lambda image: seen)
+    with torch.no_grad():
+        parts = made.contributions(torch.zeros(1))
+        torch.testing.assert_close(F.normalize(parts.sum((2, 3, 4))), made(torch.zeros(1)), atol=1e-5, rtol=0)
+    assert (parts[..., 0] == parts[:, :, :1, :1, 0]).all() and not torch.equal(parts[..., 0], parts[..., 1])
 
 
 def test_a_similarity_is_a_sum_over_places_of_the_scan() -> None:

@@ -26,12 +26,11 @@ class TripletEmbedding(nn.Module):
         self.blocks = tuple(blocks)
         trunk = LungNoduleClassifier(width=width)
         self.stem, self.texture, self.shape, self.evidence = trunk.stem, trunk.texture, trunk.shape, trunk.evidence
-        self.standard = nn.BatchNorm1d(8 * width, affine=False)
         self.head = nn.Linear(8 * width, sum(self.blocks))
 
     def forward(self, image: Tensor) -> Tensor:
         seen = self.seen(image)
-        return F.normalize(self.head(self.standard(torch.cat([seen.mean((2, 3, 4)), seen.amax((2, 3, 4))], dim=1))))
+        return F.normalize(self.head(torch.cat([seen.mean((2, 3, 4)), seen.amax((2, 3, 4))], dim=1)))
 
     def seen(self, image: Tensor) -> Tensor:
         """The evidence (N, 4 * width, *grid)."""
@@ -45,11 +44,7 @@ class TripletEmbedding(nn.Module):
         highest = (seen == seen.amax((2, 3, 4), keepdim=True)).to(seen)
         # Places that are equally high share what the maximum adds.
         parts = torch.cat([seen / seen[0, 0].numel(), seen * highest / highest.sum((2, 3, 4), keepdim=True)], dim=1)
-        mean, variance = self.standard.running_mean, self.standard.running_var
-        assert mean is not None and variance is not None
-        weight = self.head.weight / (variance + self.standard.eps).sqrt()
-        bias = self.head.bias - weight @ mean
-        return F.conv3d(parts, weight[..., None, None, None], bias / seen[0, 0].numel())
+        return F.conv3d(parts, self.head.weight[..., None, None, None], self.head.bias / seen[0, 0].numel())
 
     def split(self, embedding: Tensor) -> list[Tensor]:
         """The part of an embedding (N, K) that is for each cue, (N, k) of length 1."""

@@ -23,7 +23,17 @@ from MedXAILib.training.lung_nodule import begin_as_shipped, units
 from MedXAILib.training.own_bundle import told_of
 from MedXAILib.training.table import UNKNOWN, Patches, Table, augmented
 from MedXAILib.training.trainer import Recipe
-from MedXAILib.training.triplet_loss import batch_hard, by_cue, distances, hierarchical, leading, violations
+from MedXAILib.training.triplet_loss import (
+    MARGIN,
+    Triplets,
+    batch_all,
+    batch_hard,
+    by_cue,
+    distances,
+    hierarchical,
+    leading,
+    violations,
+)
 from MedXAILib.trust.retrieval import interval, measured, ranking
 
 CUES = {"class": 0.0, "diameter_mm": 3.0, "spiculated": 0.0, "part_solid": 0.0, "calcified": 0.0, "wall_mm": 4.0}
@@ -110,21 +120,24 @@ def cues_of(patches: Patches) -> Tensor:
     return torch.cat([labels[:, None], patches.attributes], dim=1)
 
 
-def loss(network: TripletEmbedding, patches: Patches, cues: Mapping[str, float] = CUES) -> Tensor:
-    """The hierarchical loss of the embedding, and the batch-hard loss of each block by its own cue."""
+def loss(
+    network: TripletEmbedding,
+    patches: Patches,
+    cues: Mapping[str, float] = CUES,
+    triplets: Triplets = batch_hard,
+) -> Tensor:
+    """The hierarchical loss of the embedding, and half the loss of each block by its own cue."""
     embeddings = network(patches.images.to(network.head.weight.device))
     known, tolerances = cues_of(patches).to(embeddings.device), list(cues.values())
     by_block = zip(network.split(embeddings), by_cue(known, tolerances), strict=True)
-    blocks = torch.stack([batch_hard(block, same, other) for block, (same, other) in by_block])
-    return hierarchical(embeddings, known, tolerances) + blocks.sum()
+    blocks = torch.stack([triplets(block, same, other, MARGIN) for block, (same, other) in by_block])
+    return hierarchical(embeddings, known, tolerances, triplets) + blocks.sum() / 2
 
 
 def loss_above(network: TripletEmbedding, patches: Patches) -> Tensor:
     """The `loss` of a network whose layers below the embedding stay as they are: on one patient they forget what the
     classifier knew of others."""
-    network.eval()
-    network.standard.train()
-    return loss(network, patches)
+    return loss(network.eval(), patches, triplets=batch_all)
 
 
 @torch.no_grad()
@@ -353,6 +366,6 @@ RECIPE = Recipe(
     synthesise=cued,
     repeat=repeated,
     batch=60,
-    learning_rate=1e-2,
+    learning_rate=3e-2,
     patience=8,
 )

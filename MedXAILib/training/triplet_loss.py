@@ -8,16 +8,16 @@ between embeddings (N, K) of length 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-_MARGIN = 0.2
+MARGIN = 0.2
 _EPSILON = 1e-12
 
 
-def batch_hard(embeddings: Tensor, same: Tensor, other: Tensor, margin: float = _MARGIN) -> Tensor:
+def batch_hard(embeddings: Tensor, same: Tensor, other: Tensor, margin: float = MARGIN) -> Tensor:
     """How far the farthest case that is the `same` lies beyond the nearest `other` and the margin: the mean of the
     anchors that have both; (N, N) bool says who is what to whom.
 
@@ -30,13 +30,34 @@ def batch_hard(embeddings: Tensor, same: Tensor, other: Tensor, margin: float = 
     return (farthest - nearest + margin).clamp_min(0).sum() / anchors.sum().clamp_min(1)
 
 
-def hierarchical(embeddings: Tensor, cues: Tensor, tolerances: Sequence[float], margin: float = _MARGIN) -> Tensor:
-    """The mean, over the cues, of `batch_hard` where the same are those that share it and all before it, and the others
-    those that do not: 0 only when who shares more of the leading cues is nearer, by the margin at least.
+def batch_all(embeddings: Tensor, same: Tensor, other: Tensor, margin: float = MARGIN) -> Tensor:
+    """The same of all triplets in place of the worst of each anchor: the mean of those that are too far.
+
+    For when the worst are mistakes of the network below, from which there is nothing to learn.
+    """
+    distance = distances(embeddings)
+    too_far = (distance[:, :, None] - distance[:, None] + margin).clamp_min(0)
+    too_far = too_far.where(same[:, :, None] & other[:, None], 0)
+    return too_far.sum() / (too_far > 0).sum().clamp_min(1)
+
+
+Triplets = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""`batch_hard` or `batch_all`."""
+
+
+def hierarchical(
+    embeddings: Tensor,
+    cues: Tensor,
+    tolerances: Sequence[float],
+    triplets: Triplets = batch_hard,
+    margin: float = MARGIN,
+) -> Tensor:
+    """The mean, over the cues, of the loss of `triplets` where the same are those that share it and all before it, and
+    the others those that do not: 0 only when who shares more of the leading cues is nearer, by the margin at least.
 
     The order is that of the sequences of Yan et al., "Deep lesion graphs in the wild", 2018; here all of a batch count.
     """
-    levels = [batch_hard(embeddings, same, other, margin) for same, other in leading(cues, tolerances)]
+    levels = [triplets(embeddings, same, other, margin) for same, other in leading(cues, tolerances)]
     return torch.stack(levels).mean()
 
 
