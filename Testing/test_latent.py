@@ -515,7 +515,7 @@ def test_decisions_on_nodules_of_another_patient_flip() -> None:
 
 
 def test_the_ladder_shows_the_way_on_the_map_of_all_cases() -> None:
-    told = walked(generator="lung_nodule_ladder_vae", along="0", steps=5)
+    told = walked(generator="lung_nodule_ladder_vae", along="x", steps=5)
     assert len(told.cohort) == 510 and {place.label for place in told.cohort} == set(CLASSES)
     assert told.path is not None and told.path.shape == (5, 2)
     # Along the first axis of the map, and no other.

@@ -24,7 +24,7 @@ class LadderVAE(Autoencoder):
     above to say. On the two of the top a small network decides between `classes`.
 
     A code is how far a variable is from what is likely there, in standard deviations, so that all of them together are
-    standard normal; those of the top come first.
+    standard normal; those of the top come first, and are called x and y.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class LadderVAE(Autoencoder):
         width: int = 16,
         levels: Sequence[int] = LEVELS,
     ) -> None:
-        super().__init__(sum(levels), (), attributes, classes, cases)
+        super().__init__(sum(levels), ("x", "y"), attributes, classes, cases)
         self.levels = tuple(levels)
         hidden = 2 * width
         self.encoder = Encoder(hidden, 12)

@@ -50,7 +50,7 @@ def divergence(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tens
 def measure(network: LadderVAE, patches: Nodules) -> dict[str, float]:
     """The accuracy and the mean log-likelihood of the class by the two codes of the top, the mean absolute error in HU,
     and what the codes of each level cost. Of a network that is settled, how well a logistic regression of the map of
-    the training tells malignant from benign on that of `patches` (AUC), and what `traversed` says."""
+    the training tells malignant from benign on that of `patches` (AUC)."""
     seen = vae.middle(patches.images).to(network.typical.device)
     parts = [network.climb(part) for part in seen.split(30)]
     drawn = torch.cat([network.decoder(rungs[-1][2]) for rungs in parts])
@@ -75,7 +75,7 @@ def measure(network: LadderVAE, patches: Nodules) -> dict[str, float]:
     fit = LogisticRegression().fit(network.places[of_training].cpu(), network.kinds[of_training].cpu() == malignant)
     chance = fit.predict_proba(top[lesion].cpu())[:, 1]
     found["map_auc"] = float(roc_auc_score(patches.labels[lesion] == malignant, chance))
-    return found | vae.traversed(network, patches)
+    return found
 
 
 def publish(network: LadderVAE, metrics: dict[str, float], folder: Path) -> None:
@@ -117,20 +117,13 @@ settled what is like the training. `medxai train lung-nodule-ladder-vae` makes t
 this one was made, on a busy machine).
 
 ## Measured
-On computed nodules in the CT of another patient (`chest_ct_nodule.nrrd`, lung1), 150 patches each; walks are those of
-the first 40 nodules:
+On computed nodules in the CT of another patient (`chest_ct_nodule.nrrd`, lung1), 150 patches each:
 
 | | clear cases | with borderline cases |
 |---|---|---|
 | **malignant or benign by a line on the map of the training: AUC** | {map_auc:.3f} | {borderline_map_auc:.3f} |
 | accuracy, three classes, by the two codes | {accuracy:.3f} | {borderline_accuracy:.3f} |
 | mean absolute error of what is drawn | {error_hu:.0f} HU | {borderline_error_hu:.0f} HU |
-| walk to malignant: `lung_nodule` says so | {to_malignant:.3f} | {borderline_to_malignant:.3f} |
-| ... still like the training | {to_malignant_within:.3f} | {borderline_to_malignant_within:.3f} |
-| ... so does another training of it | {to_malignant_agreed:.3f} | {borderline_to_malignant_agreed:.3f} |
-| walk to benign: `lung_nodule` says so | {to_benign:.3f} | {borderline_to_benign:.3f} |
-| ... still like the training | {to_benign_within:.3f} | {borderline_to_benign_within:.3f} |
-| ... so does another training of it | {to_benign_agreed:.3f} | {borderline_to_benign_agreed:.3f} |
 
 The codes of the three levels tell {divergence_0:.1f}, {divergence_1:.1f} and {divergence_2:.1f} nats, from the top.
 
