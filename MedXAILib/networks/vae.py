@@ -26,10 +26,11 @@ class Autoencoder(nn.Module):
     """Image (N, 1, 32, 32, 32) in 0..1 -> the same, drawn from its codes (N, K), which are about standard normal.
 
     `names` are those of the first codes; where it is that of an attribute, more of one is more of the other. The
-    buffers say what the codes of the training were: their mean `typical` (K,), `whitening` (K, K), with which they are uncorrelated
-    and of spread 1, `reading` (A, K) and `offset` (A,), which read `attributes` off them, and `limits`: the distance
-    from `typical` and the mean absolute error in the window beyond which 1 % of new images of the training's patient
-    lie. `places` (M, 2) and `kinds` (M,) are cases on a map, if the network has one, and what of `classes` they are.
+    buffers say what the codes of the training were: their mean `typical` (K,), `whitening` (K, K), with which they are
+    uncorrelated and of spread 1, `reading` (A, K) and `offset` (A,), which read `attributes` off them, and `limits`:
+    the distance from `typical` and the mean absolute error in the window beyond which 1 % of new images of the
+    training's patient lie. `places` (M, 2) and `kinds` (M,) are cases on a map, if the network has one, and what of
+    `classes` they are.
     """
 
     typical: Tensor
