@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from MedXAILib import __version__
 from MedXAILib.cases import commands as cases
+from MedXAILib.cohort import commands as cohort
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
 from MedXAILib.plain_text import plain, visible
 from MedXAILib.study import commands as study
@@ -88,6 +89,7 @@ app = typer.Typer(
 
 
 app.add_typer(cases.app, name="cases")
+app.add_typer(cohort.app, name="cohort")
 app.add_typer(study.app, name="study")
 
 

@@ -1,0 +1,156 @@
+"""`medxai cohort`: many cases by many methods, on this machine or a cluster, and what they have in common."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Explain many scans, here or on a cluster, whatever is interrupted; and see what they have in common.",
+    no_args_is_help=True,
+)
+
+_Folder = Annotated[Path, typer.Argument(help="The folder of the plan and its results.", show_default=False)]
+
+_SLURM = """#!/bin/sh
+#SBATCH --job-name=medxai
+#SBATCH --array=0-{last}
+#SBATCH --requeue
+#SBATCH --cpus-per-task=2
+# A job that is requeued leaves out what it has done already.
+exec medxai cohort run '{folder}' --shard "$SLURM_ARRAY_TASK_ID/{jobs}"{device}
+"""
+
+
+@app.command()
+def plan(
+    folder: _Folder,
+    model: Annotated[str, typer.Option("--model", help="As for medxai explain.", show_default=False)],
+    data: Annotated[
+        Path, typer.Option("--data", help="A CSV table, a BIDS folder or a tree of DICOM series.", show_default=False)
+    ],
+    method: Annotated[
+        list[str],
+        typer.Option(
+            "--method",
+            "-m",
+            help="A method, or one with parameters, as 'rise:masks=200;cells=6'; may be given again.",
+            show_default=False,
+        ),
+    ],
+    suffix: Annotated[str, typer.Option("--suffix", help="Which images of a BIDS folder, such as T1w.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the model run code of its own.")] = False,
+) -> None:
+    """Write down what is to be computed. Nothing is computed yet."""
+    from MedXAILib.cli import _load, _pair, _parameters
+    from MedXAILib.cohort.plan import make_plan
+    from MedXAILib.cohort.subjects import find_subjects
+
+    network = _load(model, trust)
+    methods = {}
+    for one in method:
+        name, _, given = one.partition(":")
+        methods[name] = _parameters(name, dict(_pair(part) for part in given.split(";") if part))
+    made = make_plan(network.source or model, network.fingerprint, methods, find_subjects(data, suffix), seed, trust)
+    made.save(folder)
+    typer.echo(f"{len(made.subjects)} cases, {len(methods)} methods: {folder}. Then: medxai cohort run {folder}")
+
+
+@app.command()
+def run(
+    folder: _Folder,
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Only part I of N, as 3/20: for arrays of jobs.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
+) -> None:
+    """Compute what is still to do. It may be interrupted at any time, and goes on where it was."""
+    from MedXAILib.cli import _live
+    from MedXAILib.cohort.engine import compute
+
+    part = None
+    if shard is not None:
+        index, _, count = shard.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise typer.BadParameter("give a part as I/N, counted from 0: 3/20")
+        part = int(index), int(count)
+    with _live() as live:
+        said = compute(folder, workers, scheduler, device, part, live)
+    typer.echo(", ".join(f"{count} {status}" for status, count in said.items()) or "Everything was done already.")
+    if said["failed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def status(folder: _Folder) -> None:
+    """Say how far it is, and what went wrong."""
+    from MedXAILib.cohort.state import state
+    from MedXAILib.plain_text import visible
+
+    now = state(folder)
+    typer.echo(", ".join(f"{count} {status}" for status, count in now.counts.items()))
+    for one in now.troubles:
+        typer.echo(visible(f"{one['case']}, {one['method']}: {one['status']}: {one['reason']}"))
+
+
+@app.command()
+def verify(folder: _Folder) -> None:
+    """Check that results are what they were; those that are not are computed again by the next run."""
+    from MedXAILib.cohort.state import verify as verified
+
+    wrong = verified(folder)
+    typer.echo(f"{len(wrong)} results are gone or were changed{': ' * bool(wrong)}{', '.join(wrong)}.")
+
+
+@app.command()
+def retry(folder: _Folder) -> None:
+    """Let what was refused or failed be tried again by the next run."""
+    from MedXAILib.cohort.state import retry as retried
+
+    typer.echo(f"{retried(folder)} are tried again by: medxai cohort run {folder}")
+
+
+@app.command()
+def slurm(
+    folder: _Folder,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs of the array.")] = 10,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda ...")] = None,
+) -> None:
+    """Print a script for sbatch, which computes the plan as an array of jobs, without a scheduler of its own."""
+    on = "" if device is None else f" --device {device}"
+    typer.echo(_SLURM.format(last=jobs - 1, folder=folder.resolve(), jobs=jobs, device=on), nl=False)
+
+
+@app.command()
+def reduce(
+    folder: _Folder,
+    template: Annotated[Path, typer.Option("--template", help="The scan on whose grid maps are laid.")],
+    atlas: Annotated[Path | None, typer.Option("--atlas", help="Integer labels in the template's space.")] = None,
+    names: Annotated[
+        Path | None, typer.Option("--names", help='What labels are called, JSON: {"1": "left ..."}.')
+    ] = None,
+    by: Annotated[str | None, typer.Option("--by", help="A column of the plan to split by, such as site.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("medxai-cohort"),
+) -> None:
+    """Write the mean and the variance of the maps, and their shares in the regions of an atlas, by groups."""
+    from MedXAILib.cli import _live
+    from MedXAILib.cohort import reduce as reduction
+    from MedXAILib.cohort.plan import read_plan
+    from MedXAILib.volume import load_volume
+
+    called = {} if names is None else {int(k): v for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
+    labels = None if atlas is None else load_volume(atlas)
+    subjects = read_plan(folder).subjects
+    with _live() as live:
+        for overall in reduction.reduce(folder, load_volume(template), labels, called, live):
+            reduction.write(overall, reduction.by_group(overall, subjects, by), out)
+    typer.echo(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -1,0 +1,172 @@
+"""Where the units of a cohort are computed: here, on the cores of this machine, or on a cluster, by Dask.
+
+Dask hands out work; what was done is known by the receipts alone. So whatever is killed, a worker, the scheduler or the
+driver, the same call goes on from where it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from MedXAILib.cohort.plan import read_plan
+from MedXAILib.cohort.work import RECEIPTS, do, write_receipt
+from MedXAILib.errors import MedXAIError
+from MedXAILib.run import Run
+
+ATTEMPTS = 3
+# A worker that dies takes down what waits for it as well, which Dask counts against all of it.
+_DEATHS = 10
+_WITHOUT_WORKERS, _GONE = "10 minutes", "5 minutes"
+# Units for each worker that the scheduler knows of.
+_QUEUED = 2
+
+
+def todo(folder: Path) -> list[str]:
+    """The keys of the units that have no receipt, in the order of the plan."""
+    done = {path.stem for path in (folder / RECEIPTS).glob("*.json")}
+    return [unit.key for unit in read_plan(folder).units() if unit.key not in done]
+
+
+def compute(
+    folder: str | Path,
+    workers: int = 0,
+    scheduler: str | None = None,
+    device: str | None = None,
+    shard: tuple[int, int] | None = None,
+    run: Run | None = None,
+) -> Counter[str]:
+    """Compute what is still to do of the plan in `folder`; returns how many units were done, refused and failed.
+
+    Args:
+        workers: processes on this machine, one unit each at a time; 0 computes in this one.
+        scheduler: the address of a Dask scheduler (``tcp://...``) whose workers see the same folder, instead.
+        device: where the network runs. Workers of a scheduler that name a resource "GPU" get the work for "cuda".
+        shard: this is part i of n (from 0): what a job of an array of jobs does, without a scheduler.
+        run: progress and cancel.
+
+    Raises:
+        Cancelled: when the person asked to stop; what was done is kept.
+        MedXAIError: when there is no plan, or when Dask is not installed.
+    """
+    folder, run = Path(folder).resolve(), run or Run()
+    keys = todo(folder)
+    if shard is not None:
+        every = [unit.key for unit in read_plan(folder).units()]
+        keys = [key for key in every[shard[0] :: shard[1]] if key in set(keys)]
+    said: Counter[str] = Counter()
+    with _outcomes(folder, keys, workers, scheduler, device) as outcomes:
+        run.step(0, len(keys), "Explaining the cohort")
+        for done, status in enumerate(outcomes, 1):
+            said[status] += 1
+            run.step(done, len(keys), "Explaining the cohort")
+    return said
+
+
+@contextmanager
+def _outcomes(
+    folder: Path, keys: list[str], workers: int, scheduler: str | None, device: str | None
+) -> Iterator[Iterator[str]]:
+    """What becomes of each of `keys`, as it is known."""
+    if not workers and scheduler is None:
+        yield _here(folder, keys, device)
+        return
+    with _client(workers, scheduler) as client:
+        yield _by_dask(client, folder, keys, device)
+
+
+def _here(folder: Path, keys: list[str], device: str | None) -> Iterator[str]:
+    for key in keys:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                yield do(str(folder), key, device, attempt)
+                break
+            except MedXAIError:
+                # Nothing that another attempt would mend: the disk is full, the network is another.
+                raise
+            except Exception as error:
+                if attempt == ATTEMPTS:
+                    yield _given_up(folder, key, error)
+
+
+def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> Iterator[str]:
+    from distributed import as_completed
+
+    on = {"GPU": 1} if device is not None and device.startswith("cuda") and _has_gpus(client) else {}
+    attempts: Counter[str] = Counter()
+    waiting = list(reversed(keys))
+
+    def submit(key: str) -> Any:
+        attempts[key] += 1
+        # A name of its own for each attempt: Dask would remember the error of the last.
+        name = f"{key}-{attempts[key]}"
+        return client.submit(do, str(folder), key, device, attempts[key], key=name, pure=False, resources=on)
+
+    of: dict[str, str] = {}
+    ahead = max(1, _QUEUED * len(client.scheduler_info(n_workers=-1)["workers"]))
+    futures = as_completed()
+    while waiting and futures.count() < ahead:
+        futures.add(_noted(of, submit(waiting.pop())))
+    for future in futures:
+        key = of.pop(future.key)
+        error = future.exception() if future.status == "error" else None
+        if isinstance(error, MedXAIError):
+            raise error
+        if type(error).__name__ == "NoWorkerError":
+            raise MedXAIError("No worker is left: see what ended them, and compute again; what was done is kept.")
+        if error is not None and attempts[key] < ATTEMPTS:
+            futures.add(_noted(of, submit(key)))
+        else:
+            yield future.result() if error is None else _given_up(folder, key, error)
+        # Fewer than all at once: a scheduler should not hold what a plan holds.
+        if waiting:
+            futures.add(_noted(of, submit(waiting.pop())))
+
+
+def _noted(of: dict[str, str], future: Any) -> Any:
+    of[future.key] = future.key.rpartition("-")[0]
+    return future
+
+
+def _given_up(folder: Path, key: str, error: BaseException) -> str:
+    unit = next(unit for unit in read_plan(folder).units() if unit.key == key)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    write_receipt(folder, unit, {"status": "failed", "reason": reason, "attempt": ATTEMPTS})
+    return "failed"
+
+
+def _has_gpus(client: Any) -> bool:
+    return any("GPU" in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+
+
+@contextmanager
+def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise MedXAIError("More than one process needs Dask: install it by pip install 'medxai[cohort]'.") from error
+    settings = {
+        "distributed.scheduler.allowed-failures": _DEATHS,
+        "distributed.scheduler.no-workers-timeout": _WITHOUT_WORKERS,
+        # A worker that was killed is started anew, and given up for good if it is not back by then: importing PyTorch
+        # takes long on a busy machine.
+        "distributed.deploy.lost-worker-timeout": _GONE,
+    }
+    with dask.config.set(settings):
+        if scheduler is not None:
+            try:
+                with Client(scheduler, timeout=30) as client:
+                    yield client
+            except OSError as error:
+                raise MedXAIError(f"No scheduler answers at '{scheduler}': start one, or check the address.") from error
+            return
+        # No dashboard: it would be one more port, and needs another package.
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
+        )
+        with cluster, Client(cluster) as client:
+            yield client

@@ -1,0 +1,158 @@
+"""What is to be computed for a cohort: every case by every method. The plan is a file, and all else follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.registry import make
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A case: its scan (one file or folder, or several as channels), where the network looks (RAS mm), what is asked of
+    it (None: what is predicted), the `transform` (a file) from the template to it, and what else is known of it."""
+
+    uid: str
+    volume: tuple[str, ...]
+    region: tuple[float, float, float] | None = None
+    target: str | None = None
+    transform: str | None = None
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One case by one method. Its `key` is a hash of all that decides what comes out."""
+
+    key: str
+    subject: Subject
+    method: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`model` is a path or shipped name, `fingerprint` that of the network it was planned with; `methods` their
+    parameters by id."""
+
+    model: str
+    fingerprint: str
+    methods: Mapping[str, Mapping[str, Any]]
+    subjects: tuple[Subject, ...]
+    seed: int = 0
+    trust: bool = False
+
+    def units(self) -> Iterator[Unit]:
+        """All units, those of one method after each other."""
+        for method, parameters in self.methods.items():
+            for subject in self.subjects:
+                what = [self.fingerprint, method, dict(parameters), self.seed]
+                told = [subject.volume, subject.region, subject.target, *what]
+                key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+                yield Unit(key, subject, method, parameters)
+
+    def save(self, folder: Path) -> Path:
+        """Write it to `folder`, where its results will be.
+
+        Raises:
+            MedXAIError: when there is another plan, or the folder cannot be written.
+        """
+        path = folder / PLAN
+        text = json.dumps({"format": 1, **asdict(self)}, indent=1, ensure_ascii=False)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise MedXAIError(f"'{folder}' holds another plan: go on with that one, or choose another folder.")
+        write_durably(path, text)
+        return path
+
+
+def make_plan(
+    model: str,
+    fingerprint: str,
+    methods: Mapping[str, Mapping[str, Any]],
+    subjects: Sequence[Subject],
+    seed: int = 0,
+    trust: bool = False,
+) -> Plan:
+    """A plan whose methods exist and whose cases are told apart.
+
+    Raises:
+        MedXAIError: for an unknown method or parameter, two cases of one name, and when there is nothing to do.
+    """
+    for method, parameters in methods.items():
+        make(method, parameters)
+    uids = [subject.uid for subject in subjects]
+    for uid in uids:
+        if uids.count(uid) > 1:
+            raise MedXAIError(f"{uids.count(uid)} cases are called '{uid}': give each a uid of its own.")
+    if not subjects or not methods:
+        raise MedXAIError("There is nothing to compute: give at least one case and one method.")
+    return Plan(model, fingerprint, methods, tuple(subjects), seed, trust)
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """The plan in `folder`.
+
+    Raises:
+        MedXAIError: when there is none, or a damaged one.
+    """
+    path = Path(folder) / PLAN
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return _plan(said)
+    except OSError as error:
+        raise MedXAIError(f"'{folder}' holds no plan of a cohort: 'medxai cohort plan' makes one.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedXAIError(f"'{path}' is damaged ({error}): make the plan again.") from error
+
+
+@lru_cache(maxsize=2)
+def units_of(folder: str) -> dict[str, tuple[Plan, Unit]]:
+    """The units of the plan in `folder` by key, each with the plan; read once by a process."""
+    plan = read_plan(folder)
+    return {unit.key: (plan, unit) for unit in plan.units()}
+
+
+def unit_of(folder: str, key: str) -> tuple[Plan, Unit]:
+    """A unit of the plan in `folder`.
+
+    Raises:
+        MedXAIError: when it has none of that key.
+    """
+    units = units_of(folder)
+    if key not in units:
+        raise unknown("unit", key, units)
+    return units[key]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is there whole and stays, or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise MedXAIError(f"'{path}' cannot be written ({error.strerror}): free some space, or give leave.") from error
+
+
+def _plan(said: dict[str, Any]) -> Plan:
+    if said.pop("format") != 1:
+        raise ValueError("made by a newer MedXAI")
+    subjects = []
+    for one in said.pop("subjects"):
+        region = one["region"]
+        subjects.append(Subject(**{**one, "volume": tuple(one["volume"]), "region": region and tuple(region)}))
+    return Plan(**said, subjects=tuple(subjects))

@@ -1,0 +1,325 @@
+"""Cohorts: whatever is killed, the same comes out; nothing is computed twice, and one bad scan spoils nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import SimpleITK as sitk
+import torch
+from typer.testing import CliRunner
+
+import MedXAILib as mx
+from MedXAILib.cli import app
+from MedXAILib.cohort.engine import compute, todo
+from MedXAILib.cohort.plan import Plan, make_plan, read_plan
+from MedXAILib.cohort.reduce import by_group, reduce
+from MedXAILib.cohort.state import retry, state, verify
+from MedXAILib.cohort.subjects import find_subjects
+from MedXAILib.cohort.work import RECEIPTS, RESULTS, receipt
+from MedXAILib.grid import resample
+from MedXAILib.resources import path
+
+MODEL = path("Models/lung_nodule")
+
+
+def scans(folder: Path, count: int) -> Path:
+    """A table of small scans on oblique, anisotropic grids; the first is damaged, the second constant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        data = torch.randn(1, 16, 30, 34, generator=generator) * 200 - 600
+        affine = np.array([[0.1, 0.2, 1.3, -20.0], [-0.2, 1.5, 0.1, 5.0 + i], [3.1, 0.1, -0.2, 60.0], [0, 0, 0, 1.0]])
+        turned, _ = np.linalg.qr(affine[:3, :3])
+        affine[:3, :3] = turned * np.linalg.norm(affine[:3, :3], axis=0)
+        file = folder / f"scan-{i}.nrrd"
+        sitk.WriteImage(mx.Volume(data if i != 1 else torch.zeros_like(data), affine).to_sitk(), str(file))
+        if i == 0:
+            file.write_bytes(file.read_bytes()[:200])
+        middle = affine @ [7.5, 14.5, 16.5, 1]
+        rows.append([f"case-{i}", file.name, " ".join(f"{v:.3f}" for v in middle[:3]), ("north", "south")[i % 2]])
+    with (folder / "cases.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["uid", "volume", "region", "site"], *rows])
+    return folder / "cases.csv"
+
+
+def planned(table: Path, folder: Path, **methods: dict[str, object]) -> Plan:
+    made = make_plan(str(MODEL), mx.load_model(MODEL).fingerprint, methods or METHODS, find_subjects(table))
+    made.save(folder)
+    return made
+
+
+METHODS: dict[str, dict[str, object]] = {"gradient": {}, "hirescam": {}}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scans(tmp_path_factory.mktemp("scans"), 7)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    planned(table, folder)
+    assert compute(folder) == {"done": 10, "refused": 4}
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str | None]:
+    units = read_plan(folder).units()
+    return {unit.key: (receipt(folder, unit.key) or {}).get("digest") for unit in units}
+
+
+def test_each_unit_is_what_explain_says(undisturbed: Path) -> None:
+    model = mx.load_model(MODEL)
+    for unit in read_plan(undisturbed).units():
+        known = receipt(undisturbed, unit.key)
+        assert known is not None and (known["case"], known["method"]) == (unit.subject.uid, unit.method)
+        if unit.subject.uid in ("case-0", "case-1"):
+            assert known["status"] == "refused" and ("constant" in known["reason"] or "cannot" in known["reason"])
+            continue
+        volume = mx.load_volume(unit.subject.volume[0])
+        expected = mx.explain(model, volume, unit.method, region=unit.subject.region)
+        found = mx.load_explanation(undisturbed / RESULTS / unit.key)
+        assert isinstance(found, mx.SaliencyMap) and torch.equal(found.data, expected.data)
+        assert known["volume"] == volume.fingerprint
+
+
+def test_nothing_is_computed_twice(undisturbed: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*.json")}
+    assert todo(undisturbed) == [] and compute(undisturbed) == {}
+    assert {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*.json")} == before
+
+
+def test_what_was_changed_is_found_and_computed_again(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    planned(table, tmp_path)
+    compute(tmp_path)
+    done = [key for key, digest in digests(tmp_path).items() if digest]
+    changed = tmp_path / RESULTS / done[0] / "map.nrrd"
+    *kept, last = changed.read_bytes()
+    changed.write_bytes(bytes([*kept, last ^ 1]))
+    (tmp_path / RESULTS / done[1] / "explanation.json").unlink()
+    assert verify(tmp_path) == done[:2] == todo(tmp_path)
+    assert compute(tmp_path) == {"done": 2}
+    assert verify(tmp_path) == [] and digests(tmp_path) == digests(undisturbed)
+    # What was refused may be mended: then it is tried again.
+    assert retry(tmp_path) == 4 and compute(tmp_path) == {"refused": 4}
+    assert state(tmp_path).counts == {"done": 10, "refused": 4} and len(state(tmp_path).troubles) == 4
+
+
+def test_parts_of_an_array_of_jobs_do_everything_once(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    planned(table, tmp_path)
+    counts = [compute(tmp_path, shard=(i, 3)) for i in range(3)]
+    assert sum(counts, Counter()) == {"done": 10, "refused": 4} and min(map(Counter.total, counts)) >= 4
+    assert digests(tmp_path) == digests(undisturbed)
+
+
+_DRIVER = """
+import sys
+from MedXAILib.cohort.engine import compute
+if __name__ == "__main__":
+    print(dict(compute(sys.argv[1], workers=2)))
+"""
+
+
+def test_workers_and_driver_may_be_killed(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    planned(table, tmp_path / "cohort")
+    (tmp_path / "driver.py").write_text(_DRIVER, encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    args = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "cohort")]
+
+    def receipts() -> int:
+        return len(list((tmp_path / "cohort" / RECEIPTS).glob("*.json")))
+
+    def started() -> subprocess.Popen[str]:
+        return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+    def after(count: int, process: subprocess.Popen[str]) -> None:
+        while receipts() < count and process.poll() is None:
+            time.sleep(0.05)
+
+    # First the driver with all that it started; what it did stays.
+    with started() as process:
+        after(3, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for one in family:
+            if one.is_running():
+                one.kill()
+    kept = receipts()
+    assert 3 <= kept < 14
+    # Then a worker.
+    with started() as process:
+        after(kept + 1, process)
+        workers = [one for one in psutil.Process(process.pid).children(recursive=True) if _works(one)]
+        workers[0].kill()
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait() == 0, said
+    assert state(tmp_path / "cohort").counts == {"done": 10, "refused": 4}
+    assert digests(tmp_path / "cohort") == digests(undisturbed)
+    assert verify(tmp_path / "cohort") == []
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_what_dies_every_time_is_given_up_and_the_rest_is_done(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from MedXAILib.cohort import engine
+
+    planned(table, tmp_path, gradient={})
+    true, bad = engine.do, read_plan(tmp_path).units()
+    victim = [unit.key for unit in bad][4]
+
+    def dies(folder: str, key: str, device: str | None, attempt: int) -> str:
+        if key == victim:
+            raise RuntimeError(f"broken at attempt {attempt}")
+        return true(folder, key, device, attempt)
+
+    monkeypatch.setattr(engine, "do", dies)
+    assert compute(tmp_path) == {"done": 4, "refused": 2, "failed": 1}
+    known = receipt(tmp_path, victim)
+    assert known is not None and known["reason"] == "RuntimeError: broken at attempt 3"
+    monkeypatch.undo()
+    assert retry(tmp_path) == 3 and compute(tmp_path) == {"done": 1, "refused": 2}
+
+
+def test_another_plan_and_another_network_are_refused(table: Path, tmp_path: Path) -> None:
+    made = planned(table, tmp_path)
+    made.save(tmp_path)
+    with pytest.raises(mx.MedXAIError, match="holds another plan"):
+        planned(table, tmp_path, gradient={})
+    other = Plan(**{**vars(made), "fingerprint": "another"})
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    with pytest.raises(mx.MedXAIError, match="not the network of the plan any more"):
+        compute(tmp_path / "other")
+    assert not (tmp_path / "other" / RECEIPTS).exists()
+    with pytest.raises(mx.MedXAIError, match="2 cases are called"):
+        make_plan("m", "f", METHODS, [made.subjects[0]] * 2)
+    with pytest.raises(mx.MedXAIError, match="gradcam"):
+        make_plan("m", "f", {"gradcamm": {}}, made.subjects)
+
+
+def test_bids_and_dicom_are_found(tmp_path: Path) -> None:
+    bids = tmp_path / "bids"
+    for name in (
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii",
+        "sub-01/anat/sub-01_T2w.nii.gz",
+    ):
+        (bids / name).parent.mkdir(parents=True, exist_ok=True)
+        (bids / name).touch()
+    (bids / "dataset_description.json").write_text(json.dumps({"Name": "x", "BIDSVersion": "1.10"}), encoding="utf-8")
+    (bids / "participants.tsv").write_text(
+        "participant_id\tsex\tsite\nsub-01\tF\tnorth\nsub-02\tM\tn/a\n", encoding="utf-8"
+    )
+    found = {one.uid: one for one in find_subjects(bids, "T1w")}
+    assert sorted(found) == ["sub-01_T1w", "sub-02_ses-a_T1w"]
+    assert found["sub-01_T1w"].meta == {"sex": "F", "site": "north", "participant": "sub-01", "suffix": "T1w"}
+    assert "site" not in found["sub-02_ses-a_T1w"].meta
+    assert len(find_subjects(bids)) == 3
+
+    from dicom_series import write_series
+
+    volume = mx.Volume(torch.arange(60.0).reshape(1, 3, 4, 5), np.diag([2.0, 1.0, 1.0, 1.0]))
+    write_series(volume, tmp_path / "tree" / "p1" / "ct")
+    write_series(volume, tmp_path / "tree" / "p2")
+    assert [one.uid for one in find_subjects(tmp_path / "tree")] == ["p1-ct", "p2"]
+    with pytest.raises(mx.MedXAIError, match="holds no case"):
+        find_subjects(tmp_path / "bids" / "sub-01")
+
+
+def maps_of(folder: Path, method: str) -> dict[str, mx.SaliencyMap]:
+    found = {}
+    for unit in read_plan(folder).units():
+        if unit.method == method and (folder / RESULTS / unit.key).exists():
+            one = mx.load_explanation(folder / RESULTS / unit.key)
+            assert isinstance(one, mx.SaliencyMap)
+            found[unit.subject.uid] = one
+    return found
+
+
+def test_what_a_cohort_has_in_common(undisturbed: Path) -> None:
+    maps = maps_of(undisturbed, "gradient")
+    first = next(iter(maps.values()))
+    template = mx.Volume(torch.zeros(1, *first.data.shape[1:]), first.affine)
+    atlas = torch.zeros(1, *template.shape)
+    atlas[:, :, :15] = 1
+    atlas[:, :, 15:, :10] = 4
+    found = {o.method: o for o in reduce(undisturbed, template, mx.Volume(atlas, first.affine), {1: "front"})}
+    overall = found["gradient"]
+    assert overall.cases == len(maps) == 5
+    # By hand: the scans lie on one grid but for a shift of whole millimetres, which another resampler follows.
+    laid = []
+    for one in maps.values():
+        moved = resample(one.data.abs().double(), one.affine, template.shape, template.affine)[0]
+        laid.append(moved / moved.sum())
+    stack = torch.stack(laid)
+    assert torch.allclose(overall.mean, stack.mean(0), atol=1e-6) and overall.mean.sum() == pytest.approx(1)
+    assert torch.allclose(overall.variance, stack.var(0), atol=1e-8)
+    for (uid, shares), one in zip(overall.shares.items(), stack, strict=True):
+        assert shares["front"] == pytest.approx(float(one[:, :15].sum()), abs=1e-4), uid
+        assert shares["label 4"] == pytest.approx(float(one[:, 15:, :10].sum()), abs=1e-4)
+        assert sum(shares.values()) == pytest.approx(1)
+    rows = {(s.region, s.group): s for s in by_group(overall, read_plan(undisturbed).subjects, "site")}
+    south = [s["front"] for uid, s in overall.shares.items() if int(uid[-1]) % 2]
+    assert rows["front", "south"].mean == pytest.approx(np.mean(south)) and rows["front", "south"].cases == 2
+    assert rows["front", "all"].low <= rows["front", "all"].mean <= rows["front", "all"].high
+
+
+def test_a_case_is_laid_through_its_transform(table: Path, tmp_path: Path) -> None:
+    shift = sitk.TranslationTransform(3, (5.0, -3.0, 4.0))
+    sitk.WriteTransform(shift, str(tmp_path / "to-scan.tfm"))
+    one = find_subjects(table)[3]
+    moved = replace(one, transform=str(tmp_path / "to-scan.tfm"))
+    make_plan(str(MODEL), mx.load_model(MODEL).fingerprint, {"gradient": {}}, [moved]).save(tmp_path)
+    compute(tmp_path)
+    (made,) = maps_of(tmp_path, "gradient").values()
+    # A template moved against the scan as the transform says sees the map as it is. RAS is LPS with two signs turned.
+    affine = made.affine.copy()
+    affine[:3, 3] -= [-5.0, 3.0, 4.0]
+    (overall,) = reduce(tmp_path, mx.Volume(torch.zeros(1, *made.data.shape[1:]), affine))
+    expected = made.data.abs()[0].double()
+    assert torch.allclose(overall.mean, expected / expected.sum(), atol=1e-6)
+
+
+def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    def medxai(*args: object, code: int = 0) -> str:
+        said = CliRunner().invoke(app, ["cohort", *map(str, args)])
+        assert said.exit_code == code, said.output
+        return said.output
+
+    folder = tmp_path / "cohort"
+    methods = ("--method", "gradient", "--method", "hirescam")
+    assert "7 cases, 2 methods" in medxai("plan", folder, "--model", "lung_nodule", "--data", table, *methods)
+    assert "10 done" in medxai("run", folder) and "done already" in medxai("run", folder, "--shard", "1/3")
+    assert digests(folder) == digests(undisturbed)
+    told = medxai("status", folder)
+    assert "10 done" in told and "case-1, gradient: refused" in told and "constant" in told
+    assert "0 results are gone" in medxai("verify", folder) and "4 are tried again" in medxai("retry", folder)
+    assert "give a part as I/N" in medxai("run", folder, "--shard", "3/3", code=2)
+    script = medxai("slurm", folder, "--jobs", 7)
+    assert "--array=0-6" in script and '"$SLURM_ARRAY_TASK_ID/7"' in script
+    out = tmp_path / "out"
+    medxai("reduce", folder, "--template", read_plan(folder).subjects[2].volume[0], "--by", "site", "--out", out)
+    assert sorted(path.name for path in out.glob("gradient-*")) == [
+        f"gradient-{name}" for name in ("cases.csv", "mean.nrrd", "regions.csv", "variance.nrrd")
+    ]
