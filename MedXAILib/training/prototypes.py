@@ -89,21 +89,22 @@ def _batch(backgrounds: Backgrounds, count: int, which: int) -> Taught:
 
 
 def loss(network: PrototypeLungNodule, patches: Taught | Nodules | Patches) -> Tensor:
-    """Cross-entropy of the class, and what prototypes are to be: every patch is like one of its class (cluster), unlike
-    those of others (separation), few count (sparsity), and they look at the same place in a mirror image (mapping), of
-    which a third of the patches will do."""
+    """Cross-entropy of the class, and what prototypes are to be: every patch is like one of its class, and each like a
+    patch (cluster), which is unlike those of others (separation); few count (sparsity), and they look at the same place
+    in a mirror image (mapping), for which a third of the patches will do."""
     device = network.class_head.weight.device
     images, labels = patches.images.to(device), patches.labels.to(device)
     some, axis = slice(0, -(-len(images) // 3)), 2 + int(torch.randint(3, ()))
     looked = network.looked(torch.cat([images, images[some].flip(axis)]))
     alike = looked.similarities[: len(images)]
     own = network.class_head.of == labels[:, None]
-    cluster = 1 - alike.masked_fill(~own, -1).amax(1)
+    of_class = alike.masked_fill(~own, -1)
+    cluster = 2 - of_class.amax(1).mean() - of_class.amax(0).mean()
     separation = alike.masked_fill(own, 0).amax(1)
     mapping = (looked.masks[some] - looked.masks[len(images) :].flip(axis)).abs().sum((2, 3, 4))
     return (
         F.cross_entropy(network.class_head(alike), labels)
-        + _CLUSTER * cluster.mean()
+        + _CLUSTER * cluster
         + _SEPARATION * separation.mean()
         + _SPARSITY * network.class_head.weight.clamp_min(0).sum()
         + _MAPPING * mapping.mean()
@@ -372,7 +373,7 @@ The layers below are those of `lung_nodule`, and were not trained further. Where
 and the weights were learnt on 1,200 patches of one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD
 3-Clause), its own 48 mL mass left out, a third of each class, only clear cases (|logit| > 1.4), flipped and transposed
 at random. The loss is the cross-entropy of the class, plus the terms that a patch is like a prototype of its class and
-unlike those of others, that few count, and that they look at the same place in a mirror image. No mask was shown to the
+unlike those of others, that each is like a patch, that few count, and that they look at the same place in a mirror image. No mask was shown to the
 network. Then each prototype became what the network found in the training patch nearest to it, the weights were settled
 anew (which has one solution), and what counted for little was left out. "None" has prototypes, too: of lung without a
 nodule. `medxai train lung-nodule-prototypes` makes this bundle again ({seconds:.0f} s when this one was made).
@@ -437,7 +438,7 @@ RECIPE = Recipe(
     own=own,
     repeat=repeated,
     project=project,
-    epochs=8,
+    epochs=6,
     steps=_BATCHES,
     learning_rate=1e-2,
 )
