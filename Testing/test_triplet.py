@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from torch import Tensor, nn
 
 import MedXAILib as mx
+from MedXAILib import resources
 from MedXAILib.cases.spaces import Plain
 from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model
@@ -341,6 +342,36 @@ def test_what_is_measured_agrees_with_scikit_learn() -> None:
     levels = dict(zip(("class", "size", "side"), leading(table, WITHIN), strict=True))
     for name, level in levels.items():
         assert found[f"{name}_violations"] == pytest.approx(violations(torch.cdist(embeddings, embeddings), *level))
+
+
+def test_the_whole_learns_the_order_and_each_block_its_own_cue() -> None:
+    made, table = TripletEmbedding((2, 3, 2), width=2).eval(), cues(12, 4, unknown=True)
+    images = torch.rand(12, 1, 24, 24, 24, generator=torch.Generator().manual_seed(4))
+    within = dict(zip(("class", "size", "side"), WITHIN, strict=True))
+    shown = replace(patches(table), images=images)
+    for triplets in (batch_hard, batch_all):
+        with torch.no_grad():
+            whole, value = made(images), float(triplet.loss(made, shown, within, triplets))
+        parts = [F.normalize(part) for part in (whole[:, :2], whole[:, 2:5], whole[:, 5:])]
+        own = [float(triplets(part, *level)) for part, level in zip(parts, by_cue(table, WITHIN), strict=True)]
+        assert min(own) > 0
+        assert value == pytest.approx(float(hierarchical(whole, table, WITHIN, triplets)) + sum(own) / 2, abs=1e-5)
+
+
+def test_the_layers_below_the_embedding_stay_as_they_are() -> None:
+    made, table = triplet.build().train(), cues(8, 4)[:, [0, 1, 2, 2, 2, 1]]
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    shown = replace(patches(table), images=torch.rand(8, 1, 24, 24, 24, generator=torch.Generator().manual_seed(4)))
+    optimiser = torch.optim.SGD(made.parameters(), 0.1)
+    value = triplet.loss_above(made, shown)
+    value.backward()
+    optimiser.step()
+    changed = {name for name, kept in before.items() if not torch.equal(kept, made.state_dict()[name])}
+    assert changed == {"head.weight", "head.bias"}
+    shipped = torch.load(resources.path("Models/lung_nodule/models/model.pt"), "cpu", weights_only=True)
+    assert all(torch.equal(kept, shipped[name]) for name, kept in before.items() if "head" not in name)
+    made.load_state_dict(before)
+    assert float(value.detach()) == pytest.approx(float(triplet.loss(made, shown, triplets=batch_all).detach()))
 
 
 def test_what_the_cases_do_not_show_is_not_measured() -> None:
