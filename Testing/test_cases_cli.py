@@ -286,8 +286,7 @@ def test_the_demo_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(Cancelled):
         demo_library(model, Run(cancel=lambda: True), rounds=1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    run = Run()
-    library = demo_library(model, run, rounds=1)
+    library = demo_library(model, Run(), rounds=1)
     assert Path(library.path).is_relative_to(tmp_path)
     computed = library.records({"made": "computed, clear"})
     assert len(computed) == 23
@@ -304,5 +303,12 @@ def test_the_demo_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         np.testing.assert_allclose(case.vectors["plain"], again[0], atol=1e-4)
     assert [case.uid for case in library.records({"made": "real"})] == ["real mass", "real nodule"]
     assert library.check(Run(), read=True).wrong == {}
-    monkeypatch.setattr(demo, "_computed", None)
+    # It is not made again, and of two processes that make it at once one wins.
+    monkeypatch.setattr(demo, "_computed", lambda folder, run, rounds: iter(()))
     assert demo_library(model, Run()).version == library.version
+    demo._make(model, Run(), Path(library.path), 1)
+    assert len(demo_library(model, Run())) == 25
+    assert [path.name for path in Path(library.path).parent.iterdir()] == [Path(library.path).name]
+    (tmp_path / "full" / "of things").mkdir(parents=True)
+    with pytest.raises(MedXAIError, match=r"cannot be written to .*full"):
+        demo._make(model, Run(), tmp_path / "full", 1)

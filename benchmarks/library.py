@@ -201,7 +201,7 @@ def main(
         if what == "killed":
             found = {what: killed(trials, folder)}
         elif what == "at-once":
-            found = {what: at_once(60, folder)}
+            found = {what: at_once(30, folder)}
         else:
             found = {f"{what}, {kind}": searched(int(what), kind, folder) for kind in ("clustered", "unstructured")}
     finally:

@@ -6,7 +6,6 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +60,12 @@ def _make(model: Model, run: Run, folder: Path, rounds: int) -> None:
         (fresh / "volumes").mkdir(parents=True)
         sources = [*_real(fresh, model), *_computed(fresh, run, rounds)]
         fill(opened(fresh, model, sources, run), model, sources, run)
-        # Where another process was faster, its own is as good.
-        with suppress(OSError):
+        try:
             fresh.rename(folder)
+        except OSError:
+            # Where another process was faster, its own is as good.
+            if not Library.is_at(folder):
+                raise
     except OSError as error:
         raise MedXAIError(f"The demo library cannot be written to '{folder}' ({error.strerror}): make room.") from error
     finally:
