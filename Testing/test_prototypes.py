@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import oblique_affine
 from small_explanations import NODULE, chest
 from torch import Tensor
@@ -48,7 +49,7 @@ def small() -> mx.Model:
     network.eval()
     network.crops.copy_(torch.randint(0, 256, network.crops.shape))
     with torch.no_grad():
-        network.class_head.weight.copy_(torch.tensor([2.0, 3.0, 0.0, 4.0, 1.0]))
+        network.class_head.weight.copy_(torch.tensor([2.0, 3.0, -1.0, 4.0, 1.0]))
         found = network.looked(network.cases()).found
         network.prototypes.weight.copy_(found[range(5), range(5)])
     return mx.Model(network, class_names=CLASSES, layers=("evidence",), patch_size=(24, 24, 24))
@@ -92,7 +93,11 @@ def test_points_sum_to_the_score_on_an_oblique_scan() -> None:
             points = case.numbers["similarity"] * case.numbers["weight"]
             assert case.similarity == case.numbers["points"] == pytest.approx(points)
             assert case.query_map is not None and case.query_map.shape == (1, *scan.shape)
-            assert case.numbers["diameter_mm"] == 8.0 + int(case.uid[-1])
+            i = int(case.uid[-1])
+            assert case.numbers["diameter_mm"] == 8.0 + i
+            with torch.no_grad():
+                own = model.network.looked(model.network.cases()[i : i + 1]).masks[:, i : i + 1]
+            assert torch.allclose(case.map, F.interpolate(own, size=(24, 24, 24), mode="trilinear")[0], atol=1e-6)
         assert told.query_map is not None
         maps = torch.stack([case.query_map for case in told.cases])
         assert torch.allclose(told.query_map, maps.sum(0), atol=1e-6)
@@ -183,7 +188,7 @@ def test_similarity_is_the_cosine_of_what_is_seen_where_it_looks() -> None:
     of = [origin.of for origin in ORIGINS]
     for n, index in product(range(2), range(3)):
         assert logits[n, index] == pytest.approx(
-            sum(w * c for w, c, o in zip(weights, cosine[n], of, strict=True) if o == index), abs=1e-5
+            sum(max(w, 0) * c for w, c, o in zip(weights, cosine[n], of, strict=True) if o == index), abs=1e-5
         )
 
 
@@ -253,6 +258,27 @@ def test_weights_are_the_best_that_are_not_negative() -> None:
     assert (w >= 0).all() and (w > 0).any() and (w == 0).any()
     assert np.abs(gradient[w > 0]).max() < 1e-4
     assert (gradient[w == 0] > 1e-4).all()
+
+
+def test_prototypes_that_count_for_little_are_forgotten() -> None:
+    of = [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
+    network = PrototypeLungNodule(3, [{"of": index, "uid": str(i)} for i, index in enumerate(of)], size=24)
+    weights = torch.tensor([0.1, 0.0, 4.0, 5.0, 1.0, 2.0, 3.0, 0.9, 2.0, 0.2])
+    network.class_head.weight.data.copy_(weights)
+    # The third is from the case of the fourth, which counts for more; a class keeps four, and one at least.
+    kept = prototypes._counting(network, [0, 1, 7, 7, 2, 3, 4, 5, 7, 6])
+    assert kept == [0, 3, 4, 5, 6, 8]
+    prototype, place = network.prototypes.weight[3].clone(), network.places.weight[3].clone()
+    x = torch.rand(2, 1, 24, 24, 24)
+    before = network.eval().looked(x).similarities
+    network.keep(kept)
+    assert [origin.uid for origin in network.origins] == ["0", "3", "4", "5", "6", "8"]
+    assert torch.equal(network.prototypes.weight[1], prototype) and torch.equal(network.places.weight[1], place)
+    assert torch.allclose(network.looked(x).similarities, before[:, kept])
+    expected = (before * weights)[:, kept]
+    of_kept = torch.tensor(of)[kept]
+    sums = torch.stack([expected[:, of_kept == index].sum(1) for index in range(3)], 1)
+    assert torch.allclose(network(x), sums, atol=1e-5)
 
 
 def test_a_frozen_trunk_stays_as_it_is() -> None:

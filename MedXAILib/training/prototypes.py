@@ -373,10 +373,11 @@ The layers below are those of `lung_nodule`, and were not trained further. Where
 and the weights were learnt on 1,200 patches of one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD
 3-Clause), its own 48 mL mass left out, a third of each class, only clear cases (|logit| > 1.4), flipped and transposed
 at random. The loss is the cross-entropy of the class, plus the terms that a patch is like a prototype of its class and
-unlike those of others, that each is like a patch, that few count, and that they look at the same place in a mirror image. No mask was shown to the
-network. Then each prototype became what the network found in the training patch nearest to it, the weights were settled
-anew (which has one solution), and what counted for little was left out. "None" has prototypes, too: of lung without a
-nodule. `medxai train lung-nodule-prototypes` makes this bundle again ({seconds:.0f} s when this one was made).
+unlike those of others, that each is like a patch, that few count, and that they look at the same place in a mirror
+image. No mask was shown to the network. Then each prototype became what the network found in the training patch nearest
+to it, the weights were settled anew (which has one solution), and what counted for little was left out. "None" has
+prototypes, too: of lung without a nodule. `medxai train lung-nodule-prototypes` makes this bundle again
+({seconds:.0f} s when this one was made).
 
 ## Prototypes
 Training cases are patches of lung2 into which a nodule was computed, seen here as the network saw them: flipped, turned
