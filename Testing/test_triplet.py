@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import combinations, product
@@ -12,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from monai.bundle import verify_net_in_out
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, ndcg_score
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.model import Model
 from MedXAILib.networks.lung_nodule import LungNoduleClassifier
 from MedXAILib.networks.triplet import TripletEmbedding
+from MedXAILib.synthetic.lung_nodules import Backgrounds
 from MedXAILib.training import RECIPES, train, triplet
 from MedXAILib.training.bundle import Grid
 from MedXAILib.training.table import UNKNOWN, Patches, read_table
@@ -291,7 +294,7 @@ class Told(nn.Module):
         return self.embeddings[images[:, 0, 0, 0, 0].long()]
 
     def coarse_to_fine(self, queries: Tensor, cases: Tensor) -> Tensor:
-        return TripletEmbedding((2, 3), width=1).coarse_to_fine(queries, cases, first=12)
+        return TripletEmbedding((2, queries.shape[1] - 2), width=1).coarse_to_fine(queries, cases, first=12)
 
 
 def patches(table: Tensor) -> Patches:
@@ -380,6 +383,12 @@ def test_what_the_cases_do_not_show_is_not_measured() -> None:
     assert one_each == {}
     alike = triplet.measure(Told(unit(13)), patches(torch.zeros(13, 1)), {"class": 0.0})  # type: ignore[arg-type]
     assert alike["precision_10"] == alike["map"] == alike["ndcg"] == 1 and "class_violations" not in alike
+    # The mean of ten of a few others says where a case is not.
+    sized = torch.stack([torch.zeros(21), torch.arange(21.0)], dim=1)
+    for count, there in ((20, False), (21, True)):
+        told = Told(unit(count))
+        found = triplet.measure(told, patches(sized[:count]), {"class": 0.0, "size": 1.0})  # type: ignore[arg-type]
+        assert ("size_rank" in found) == there
 
 
 def test_the_wall_is_what_is_dense_and_thicker_than_a_vessel() -> None:
@@ -486,3 +495,44 @@ def test_every_row_needs_a_label(own: Path, tmp_path: Path) -> None:
     wrong.write_text(own.read_text("utf-8").replace("dark", "", 1), encoding="utf-8")
     with pytest.raises(MedXAIError, match=r"Row 2 .*'label': it is empty"):
         train("lung-nodule-triplet", tmp_path / "out", mx.Run(), data=read_table(wrong, Grid(24, 1.0, (0.0, 1.0))))
+
+
+# The network that ships
+
+BUNDLE = "Models/lung_nodule_triplet"
+
+
+def test_the_bundle_is_what_monai_expects_and_its_card_says_what_was_measured() -> None:
+    folder = resources.path(BUNDLE)
+    files = {"meta_file": str(folder / "configs/metadata.json"), "config_file": str(folder / "configs/inference.json")}
+    verify_net_in_out("network_def", **files, device="cpu")
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 1_500_000
+    measured = json.loads((folder / "configs/metadata.json").read_text("utf-8"))["eval_metrics"]
+    card = (folder / "docs/README.md").read_text("utf-8")
+    for name in ("ndcg", "map", "graded_ndcg", "diameter_mm_rank", "wall_mm_rank", "borderline_graded_ndcg"):
+        assert f"{measured[name]:.3f}" in card
+    assert "rule, not pathology" in card and "Never use it for a patient" in card
+
+
+def test_it_finds_what_is_alike_in_the_other_patient_and_the_classifier_less() -> None:
+    """150 patches that no number of the card is of."""
+    shown = triplet.cued(Backgrounds.test(), 150, 104)
+    model = mx.load_model(resources.path(BUNDLE))  # Without trust.
+    assert model.task == "embedding" and model.class_names[24] == "diameter_mm 0"
+    embeddings = Plain().embed(model, shown.images)
+    with torch.no_grad():
+        torch.testing.assert_close(F.normalize(embeddings), model.network.eval()(shown.images), atol=1e-5, rtol=0)
+    plain = Plain().embed(mx.load_model(resources.path("Models/lung_nodule")), shown.images)
+    ours, theirs = (triplet.measure(Told(F.normalize(each)), numbered(shown)) for each in (embeddings, plain))  # type: ignore[arg-type]
+    assert ours["ndcg"] > 0.88 and ours["diameter_mm_rank"] > 0.92
+    assert ours["graded_ndcg"] > theirs["graded_ndcg"] + 0.02
+    for name in ("diameter_mm", "spiculated", "part_solid", "calcified", "wall_mm"):
+        assert ours[f"{name}_violations"] < theirs[f"{name}_violations"] - 0.01
+    blocks = model.network.split(embeddings)
+    own = [triplet.measure(Told(block), numbered(shown)) for block in blocks]  # type: ignore[arg-type]
+    assert own[0]["map"] > theirs["map"] + 0.01
+    assert own[5]["wall_mm_rank"] > 0.3 > theirs["wall_mm_rank"]
+
+
+def numbered(shown: Patches) -> Patches:
+    return replace(shown, images=torch.arange(len(shown)).float()[:, None, None, None, None])

@@ -120,19 +120,18 @@ def write_scorer(
     network: nn.Module,
     definition: Mapping[str, Any],
     names: Sequence[str],
-    kind: Literal["classes", "ordinal"],
+    kind: Literal["classes", "ordinal", "embedding"],
     **other: Any,
 ) -> None:
     """Write the bundle of a network that gives a logit for each of `names` (see `write_bundle`): of `classes` of which
-    one is right, or of `ordinal` grades, each of that grade or a higher one."""
+    one is right, or of `ordinal` grades, each of that grade or a higher one; or whose numbers are an `embedding`."""
+    activation = {"classes": "softmax", "ordinal": "sigmoid"}.get(kind)
     write_bundle(
         folder,
         network,
         definition=definition,
         inferer={"_target_": "SimpleInferer"},
-        postprocessing=[
-            {"_target_": "Activationsd", "keys": "pred", "softmax" if kind == "classes" else "sigmoid": True}
-        ],
+        postprocessing=[{"_target_": "Activationsd", "keys": "pred", activation: True}] if activation else [],
         handlers=[
             {
                 "_target_": "ClassificationSaver",
@@ -142,12 +141,12 @@ def write_scorer(
             }
         ],
         output={
-            "type": "probabilities",
+            "type": "probabilities" if activation else kind,
             "format": kind,
             "num_channels": len(names),
             "spatial_shape": [1, 1, 1],
             "dtype": "float32",
-            "value_range": [0, 1],
+            "value_range": [0, 1] if activation else [-1, 1],
             "is_patch_data": False,
             "channel_def": {str(i): name for i, name in enumerate(names)},
         },
