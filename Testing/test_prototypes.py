@@ -261,18 +261,18 @@ def test_weights_are_the_best_that_are_not_negative() -> None:
 
 
 def test_prototypes_that_count_for_little_are_forgotten() -> None:
-    of = [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
+    of = [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2]
     network = PrototypeLungNodule(3, [{"of": index, "uid": str(i)} for i, index in enumerate(of)], size=24)
-    weights = torch.tensor([0.1, 0.0, 4.0, 5.0, 1.0, 2.0, 3.0, 0.9, 2.0, 0.2])
+    weights = torch.tensor([0.1, 0.0, 4.0, 5.0, 1.0, 2.0, 3.0, 0.9, 0.8, 2.0, 0.2])
     network.class_head.weight.data.copy_(weights)
-    # The third is from the case of the fourth, which counts for more; a class keeps four, and one at least.
-    kept = prototypes._counting(network, [0, 1, 7, 7, 2, 3, 4, 5, 7, 6])
-    assert kept == [0, 3, 4, 5, 6, 8]
+    # The third is from the case of the fourth, which counts for more; a class keeps five, and one at least.
+    kept = prototypes._counting(network, [0, 1, 7, 7, 2, 3, 4, 5, 8, 7, 6])
+    assert kept == [0, 3, 4, 5, 6, 7, 9]
     prototype, place = network.prototypes.weight[3].clone(), network.places.weight[3].clone()
     x = torch.rand(2, 1, 24, 24, 24)
     before = network.eval().looked(x).similarities
     network.keep(kept)
-    assert [origin.uid for origin in network.origins] == ["0", "3", "4", "5", "6", "8"]
+    assert [origin.uid for origin in network.origins] == ["0", "3", "4", "5", "6", "7", "9"]
     assert torch.equal(network.prototypes.weight[1], prototype) and torch.equal(network.places.weight[1], place)
     assert torch.allclose(network.looked(x).similarities, before[:, kept])
     expected = (before * weights)[:, kept]
@@ -400,6 +400,9 @@ def test_the_shipped_network_is_as_good_as_its_card_says() -> None:
     whole, network.origins = network.origins, (short, *network.origins[1:])  # without what takes long
     try:
         found = prototypes.measure(network, patches)
+        with torch.no_grad():
+            points = network.looked(patches.images).similarities[:, None] * network.class_head.each
+            assert float((network(patches.images) - points.double().sum(2)).abs().max()) <= 1e-5
         assert found["accuracy"] >= 0.9 and found["activation_precision"] >= 0.8
         weight = network.places.weight.data.clone()
         network.places.weight.data.zero_()
@@ -417,7 +420,6 @@ def test_the_shipped_network_is_as_good_as_its_card_says() -> None:
     for which in ("", "borderline_"):
         assert told[f"{which}accuracy"] >= other[f"{which}accuracy"] - 0.01
         assert told[f"{which}activation_precision"] >= 0.7
-        assert told[f"{which}sum_error"] <= 1e-5
     card = (path(BUNDLE) / "docs" / "README.md").read_text("utf-8")
     assert "Never use it for a patient" in card and f"{told['accuracy']:.3f}" in card
     assert all(origin.uid in card for origin in network.origins)
