@@ -325,6 +325,18 @@ The lead over the plain embedding (with 95 % intervals, by bootstrap over the pa
 in the nDCG of the leading cues, 0.033 (0.026 to 0.041) in the mean average precision of the class by the block of the
 class, but in the nDCG of the class no more than could be by chance: 0.0055 (-0.0004 to 0.0116).
 
+From one patient to another: 100 nodules of lung1 search 300 of lung2, and what counts is how many of class,
+spiculation, part-solid, calcification and diameter (within 3 mm) are shared (`python -m benchmarks.retrieval` measures
+more of this):
+
+| | this | plain embedding of `lung_nodule` |
+|---|---|---|
+| nDCG of the first ten | 0.884 (0.862 to 0.904) | 0.861 (0.838 to 0.883) |
+| ... its lead | 0.023 (0.011 to 0.034) | |
+| mean average precision of those that share four | 0.731 (0.694 to 0.764) | 0.669 (0.631 to 0.703) |
+| of the first ten, the share that stays with faint noise | 0.978 (0.966 to 0.989) | 0.989 (0.980 to 0.996) |
+| ... that stays when the patch moves by a voxel | 0.665 (0.620 to 0.708) | 0.619 (0.579 to 0.658) |
+
 The real nodule of lung1 (1.36 mL, 13.7 mm if it were a ball), which no training saw: of the ten nearest of 90 computed
 patches in lung2, {real_malignant:.0%} are "malignant", and the mean diameter is {real_diameter_mm:.1f} mm.
 
