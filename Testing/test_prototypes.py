@@ -362,7 +362,7 @@ def test_points_in_common_are_what_makes_prototypes_alike() -> None:
 
 
 def test_the_shipped_prototypes_are_what_the_network_finds_in_their_cases() -> None:
-    network = shipped().network
+    network = shipped().network.eval()
     with torch.no_grad():
         own = network.looked(network.cases()).similarities.diagonal()
     assert float(own.min()) > 1 - 1e-5
@@ -374,7 +374,7 @@ def test_the_shipped_prototypes_are_what_the_network_finds_in_their_cases() -> N
 @pytest.mark.parametrize("which", [0, -1])
 def test_the_shipped_crops_are_training_cases(which: int) -> None:
     """Computed again from what their names say, but for how they were turned and 255 steps of grey."""
-    network = shipped().network
+    network = shipped().network.eval()
     origin = network.origins[which]
     seed, row = map(int, re.fullmatch(r"computed in lung2, (\d+)-(\d+)", origin.uid).groups())
     known = synthesise(Backgrounds.training(), row + 1, seed)
@@ -394,7 +394,7 @@ def test_the_shipped_crops_are_training_cases(which: int) -> None:
 
 def test_the_shipped_network_is_as_good_as_its_card_says() -> None:
     """On patches of the other patient that nobody has looked at."""
-    network = shipped().network
+    network = shipped().network.eval()
     patches = synthesise(Backgrounds.test(), 90, seed=101)
     short = replace(network.origins[0], uid="")
     whole, network.origins = network.origins, (short, *network.origins[1:])  # without what takes long

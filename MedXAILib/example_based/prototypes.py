@@ -164,5 +164,6 @@ def _text(label: str, score: float, cases: Sequence[Case]) -> str:
     if not cases:
         return f"No prototype counts for {label}."
     first = cases[0]
-    share = f"; the most, {first.similarity:+.1f}, are for a part like that of '{first.uid}' ({first.label})"
-    return f"The points of {len(cases)} prototypes sum to the score of {label}, {score:.1f}{share}."
+    several = f"{len(cases)} prototypes sum" if len(cases) > 1 else "one prototype come"
+    share = f"the most, {first.similarity:+.1f}, are for a part like that of '{first.uid}' ({first.label})"
+    return f"The points of {several} to the score of {label}, {score:.1f}; {share}."
