@@ -157,7 +157,7 @@ def test_no_further_than_the_reach_and_not_where_nothing_is_alike() -> None:
     far = otherwise(start, lambda codes: codes[:, 0] - 9, lambda codes: codes.norm(dim=1), 99.0, 2.0)
     assert float(far[0, 0]) == pytest.approx(2.0, abs=1e-6) and abs(float(far[0, 1])) < 0.01
     # The shortest way, to (1, 1), leads to where nothing is like it; there is another, to (1.9, 0.1).
-    found = otherwise(start, lambda codes: codes.sum(1) - 2, lambda codes: 10 * codes[:, 1].abs(), 1.0, 3.0, 150)
+    found = otherwise(start, lambda codes: codes.sum(1) - 1, lambda codes: 10 * codes[:, 1].abs(), 1.0, 3.0, 150)
     assert float(found.sum()) > 2
     assert 10 * abs(float(found[0, 1])) <= 1
     assert float(found.norm()) < 2.6

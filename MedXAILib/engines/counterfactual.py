@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROUNDS = 40
-_SURE = 0.2
+ROUNDS = 80
+_SURE = 1.0
 """By so many logits the other side is to lead, so that it does not hang by a thread."""
-_FIRST, _CHANGE = 1.0, 0.08
-_STRIDE = 0.5
-_STRANGE = 5.0
+_FIRST, _CHANGE = 1.0, 0.05
+_STRIDE = 1.0
+_STRANGE = 0.5
 
 
 @torch.enable_grad()

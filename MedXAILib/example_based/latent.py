@@ -76,7 +76,7 @@ class Latent(Teller):
     examples: ExampleSource = ""
     towards: str = Field("", description="of a decision, the class to go to; the second likeliest if left out")
     steps: int = Field(9, ge=2, le=99, description="images, with the scan itself")
-    reach: float = Field(3.0, gt=0, le=10, description="how far to go at most, in standard deviations of each code")
+    reach: float = Field(4.0, gt=0, le=10, description="how far to go at most, in standard deviations of each code")
     rounds: int = Field(ROUNDS, ge=1, le=1000, description="how long to look for another decision")
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:

@@ -42,7 +42,7 @@ _RARE = 0.99
 _BINS = 5
 _ASKED = 4
 """Of so many patches one nodule is walked in the test."""
-_REACH, _STEPS = 3.0, 9
+_REACH, _STEPS = 4.0, 9
 _HU = HU_RANGE[1] - HU_RANGE[0]
 
 
@@ -475,5 +475,6 @@ TC_RECIPE = replace(
     loss=partial(loss, total_correlation=_TOTAL_CORRELATION),
     publish=partial(publish, _FACTORS),
     epochs=1,
+    learning_rate=2e-3,
 )
 """The recipe of `lung_nodule_tc_vae`."""
