@@ -234,7 +234,7 @@ def test_step_0_is_the_scan_itself() -> None:
 
 def test_a_nodule_grows_along_its_diameter() -> None:
     told = along("diameter")
-    assert [step.position for step in told.steps] == pytest.approx(np.linspace(-3, 3, 9))
+    assert [step.position for step in told.steps] == pytest.approx(np.linspace(-4, 4, 9))
     # Measured by density alone on what is shown.
     seen = ((told.images[:, 4:36, 4:36, 4:36] + 1000) / 1400).numpy()
     sizes = [diameter(one, (1.25,) * 3) for one in seen]
@@ -242,6 +242,7 @@ def test_a_nodule_grows_along_its_diameter() -> None:
     assert [step.numbers["diameter (mm)"] for step in told.steps] == pytest.approx(sizes, abs=0.5)
     assert sizes[-1] > sizes[0] + 3
     lowest, highest = told.images[0].mean(), told.images[-1].mean()
+    assert told.flipped is not None and told.steps[told.flipped].position < 0
     assert float(lowest) < float(told.images[told.here].mean()) < float(highest)
 
 
@@ -301,16 +302,16 @@ def test_on_an_oblique_anisotropic_scan_the_same_changes_in_the_same_place() -> 
 
 def test_noise_is_strange_and_the_scan_is_not() -> None:
     assert not to_benign().steps[0].strange
-    noise = scan().data + 400 * random(*scan().data.shape)
+    noise = 1000 * random(*scan().data.shape) - 300
     told = walked(volume=mx.Volume(noise, scan().affine), along="diameter", steps=3)
     assert all(step.strange for step in told.steps)
     assert "do not rely on any of it" in told.text
 
 
-def test_far_out_is_strange_though_it_flips() -> None:
+def test_far_out_is_strange() -> None:
     told = walked(along="diameter", steps=3, reach=10)
-    assert told.steps[0].strange and told.steps[2].strange and not told.steps[1].strange
-    assert told.steps[0].numbers["distance"] > told.steps[1].numbers["distance"]
+    assert told.steps[2].strange and not told.steps[1].strange
+    assert told.steps[2].numbers["distance"] > 2 * told.steps[1].numbers["distance"]
 
 
 def test_recomputed_it_is_the_same() -> None:
@@ -484,8 +485,8 @@ def test_the_card_says_what_was_measured(name: str) -> None:
     folder, measured = resources.path(f"Models/generators/{name}"), metrics(name)
     card = (folder / "docs" / "README.md").read_text("utf-8")
     assert "Never use it for a" in card
-    for key in ("to_malignant", "to_benign", "to_benign_within", "borderline_to_malignant_agreed"):
-        assert f"{measured[key]:.3f}" in card
+    for key in [key for key in measured if key.endswith(("_order", "_within", "_agreed", "_auc", "accuracy"))]:
+        assert f"| {measured[key]:.3f} |" in card, key
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 1_500_000
 
 
@@ -519,7 +520,7 @@ def test_the_ladder_shows_the_way_on_the_map_of_all_cases() -> None:
     assert len(told.cohort) == 510 and {place.label for place in told.cohort} == set(CLASSES)
     assert told.path is not None and told.path.shape == (5, 2)
     # Along the first axis of the map, and no other.
-    assert np.diff(told.path[:, 0]) == pytest.approx([1.5] * 4, abs=1e-5)
+    assert np.diff(told.path[:, 0]) == pytest.approx([2.0] * 4, abs=1e-5)
     assert np.ptp(told.path[:, 1]) == pytest.approx(0, abs=1e-6)
     network = shipped("lung_nodule_ladder_vae")
     seen = ((told.images[told.here][4:36, 4:36, 4:36] + 1000) / 1400).clamp(0, 1)

@@ -117,7 +117,7 @@ class Latent(Teller):
             images=torch.stack(images),
             affine=question.seen[0].affine,
             along=walk.along,
-            text=_text(steps, here, flipped, walk.along),
+            text=_text(steps, here, flipped, walk.along, decisions[here] is not None),
             flipped=flipped,
             cohort=_cohort(network) if mapped else (),
             path=network.place(walk.codes).detach().double().cpu().numpy() if mapped else None,
@@ -362,23 +362,16 @@ def _cohort(network: Autoencoder) -> tuple[Place, ...]:
     return tuple(Place(f"training {i}", network.classes[kind], x, y) for i, ((x, y), kind) in enumerate(rows))
 
 
-def _text(steps: Sequence[Step], here: int, flipped: int | None, along: str) -> str:
-    """What becomes of the decision on the way, and whether to believe it."""
-    start = steps[here]
-    said = [f"The network says {_highest(start)} of this scan"]
-    if flipped is None:
-        said.append(f"It does not decide otherwise {along} as far as was looked")
-        end = steps[-1]
-    else:
-        end = steps[flipped]
-        far = f"{abs(end.position):.1f} standard deviations {'away' if end.position > 0 else 'the other way'}"
-        said.append(f"It says {_highest(end)} {along}, {far}")
-    moved = [
-        f"{name} {start.numbers[name]:.2g} → {end.numbers[name]:.2g}"
-        for name in start.numbers
-        if name not in _OF_DRAWING
-    ]
-    said.append(f"There: {', '.join(moved)}") if moved else None
+def _text(steps: Sequence[Step], here: int, flipped: int | None, along: str, decides: bool) -> str:
+    """What becomes of the answer on the way, and whether to believe it."""
+    start, end = steps[here], steps[-1 if flipped is None else flipped]
+    before, after = (_answer(step, decides) for step in (start, end))
+    where = f"{along[0].upper()}{along[1:]}, {abs(end.position):.1f} standard deviations "
+    where += "further" if end.position >= 0 else "back"
+    still = ": it does not decide otherwise" if decides and flipped is None else ""
+    said = [f"The network says {before} of this scan", f"{where}, it says {after}{still}"]
+    moved = [f"{n} {v:.2g} → {end.numbers[n]:.2g}" for n, v in start.numbers.items() if n not in _OF_DRAWING]
+    said += [f"There: {', '.join(moved)}"] if moved else []
     if start.strange:
         said.append("No case that the generator learnt from is like this scan: do not rely on any of it")
     elif end.strange:
@@ -386,8 +379,8 @@ def _text(steps: Sequence[Step], here: int, flipped: int | None, along: str) -> 
     return ". ".join(said) + "."
 
 
-def _highest(step: Step) -> str:
-    if not step.scores:
+def _answer(step: Step, decides: bool) -> str:
+    if not decides or not step.scores:
         return f"{step.value:.3g}"
     name = max(step.scores, key=step.scores.__getitem__)
     return f"{name} ({step.scores[name]:.0%})"
