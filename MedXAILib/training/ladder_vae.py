@@ -128,7 +128,8 @@ On computed nodules in the CT of another patient (`chest_ct_nodule.nrrd`, lung1)
 The codes of the three levels tell {divergence_0:.1f}, {divergence_1:.1f} and {divergence_2:.1f} nats, from the top.
 
 The real nodule of lung1: an error of {real_error_hu:.0f} HU, at a distance of {real_distance:.1f} from the mean of the
-training; P(malignant) goes from {real_before:.2f} to {real_after:.2f} on the way to "benign", which ends at a distance of {real_distance_after:.1f}.
+training; P(malignant) goes from {real_before:.2f} to {real_after:.2f} on the way to "benign", which ends at a distance
+of {real_distance_after:.1f}.
 
 ## Limits
 - The map parts the classes because it was taught them: that a case lies among malignant ones is what this network makes
