@@ -381,7 +381,7 @@ at random. The loss is the cross-entropy of the class, plus the terms that a pat
 unlike those of others, that each is like a patch, that few count, and that they look at the same place in a mirror
 image. No mask was shown to the network. Then each prototype became what the network found in the training patch nearest
 to it, the weights were settled anew (which has one solution), and what counted for little was left out. "None" has
-prototypes, too: of lung without a nodule. `medxai train lung-nodule-prototypes` makes this bundle again
+prototypes, too, of lung without a nodule; vessels mostly. `medxai train lung-nodule-prototypes` makes this bundle again
 ({seconds:.0f} s when this one was made).
 
 ## Prototypes
@@ -419,8 +419,8 @@ The real nodule of lung1 (1.36 mL), which no training saw: P(malignant) = {real_
 at least {real_shifted_min:.4f} with the patch up to 5 mm off along each axis.
 
 ## Limits
-- Alike to the network is not alike to a radiologist: a cosine of {own_similarity:.3f} or more is that of a prototype
-  with the very case it comes from, but a high one with another case may be for reasons nobody would name.
+- Alike to the network is not alike to a radiologist. A prototype has a similarity of {own_similarity:.3f} or more to the
+  case that it comes from, but may have a high one to another for reasons that nobody would name.
 - A soft mask says where a prototype looks; what is seen there has come from up to 2 cm around it.
 - One patient to train on, one to test on, one real nodule: an illustration, not a performance claim.
 - Nodules of 7 to 24 mm in lung. The real mass of lung2 (48 mL, 45 mm) is out of distribution.
