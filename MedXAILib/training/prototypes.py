@@ -413,14 +413,15 @@ On the same patches `lung_nodule` has an accuracy of 0.947 and 0.956; each has a
 precision is the share of the voxels where the map is active that lie in the nodule, of nodules classified correctly;
 the map is the sum over the prototypes of the class of soft mask times points. Deletion, addition and places are of the
 first 90 patches; what is taken away becomes the mean grey of the patches. Purity counts, of class, spiculation,
-lobulation, solidity and calcification, how many of the ten have what most of them have.
+lobulation, solidity and calcification, how many of the ten have what most of them have. The test is not blind: a first
+training, of 6 epochs, was tested (0.944 and 0.944) before it was made longer.
 
 The real nodule of lung1 (1.36 mL), which no training saw: P(malignant) = {real_centred:.4f} in the middle of the patch,
 at least {real_shifted_min:.4f} with the patch up to 5 mm off along each axis.
 
 ## Limits
-- Alike to the network is not alike to a radiologist. A prototype has a similarity of {own_similarity:.3f} or more to the
-  case that it comes from, but may have a high one to another for reasons that nobody would name.
+- Alike to the network is not alike to a radiologist. A prototype has a similarity of {own_similarity:.3f} to the case
+  that it comes from, but may have a high one to another for reasons that nobody would name.
 - A soft mask says where a prototype looks; what is seen there has come from up to 2 cm around it.
 - One patient to train on, one to test on, one real nodule: an illustration, not a performance claim.
 - Nodules of 7 to 24 mm in lung. The real mass of lung2 (48 mL, 45 mm) is out of distribution.
