@@ -23,6 +23,8 @@ MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
 THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors scipy sklearn torch typer".split())
+# The extra `cases`, imported only where a library is opened.
+THIRD_PARTY |= {"lancedb", "pyarrow"}
 
 # What Slicer brings and loads fast; qt and ctk are there in the application only.
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
