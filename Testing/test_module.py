@@ -545,17 +545,17 @@ def test_pictures(host, module, scan, library, pictures):
     layouts.leave()
     volume, told = small_explanations.variants()
     computed = slicer.util.addVolumeFromArray(volume.data[0].numpy(), volume.affine[:, [2, 1, 0, 3]], "Computed nodule")
-    computed.CreateDefaultDisplayNodes()
-    computed.GetDisplayNode().AutoWindowLevelOff()
-    computed.GetDisplayNode().SetWindowLevelMinMax(-1350, 150)
     (node,) = mrml.addAnswers(computed, [answers.of(told)])
     panel.parameterNode.explanation = node
     variants.ui.cohortButton.collapsed = False
     picture(variants, "variants")
-    layouts.showVariants(node)
+    variants.ui.cohortButton.collapsed = True
+    lung_nodule, along = path("Models/lung_nodule"), {"along": "diameter"}
+    node = module.logic.explain(scan, lung_nodule, "latent", "malignant", along, region=NODULE)
+    panel.parameterNode.explanation = node
+    press(variants.ui.showBesideButton)
     host.process()
     window(host, pictures / "slicer-variants.png")
-    variants.ui.cohortButton.collapsed = True
     layouts.leave()
     (node,) = mrml.addAnswers(computed, [answers.of(small_explanations.rules())])
     panel.parameterNode.explanation = node
