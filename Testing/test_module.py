@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 slicer = pytest.importorskip("slicer")
 
@@ -479,7 +479,7 @@ def test_pictures(host, module, scan, library, pictures):
     def picture(panel, name):
         module.ui.panelsTabWidget.setCurrentIndex(module.panels.index(panel) if panel in module.panels else 0)
         host.process()
-        host.picture(panel.widget, pictures / f"panel-{name}.png")
+        trim(host.picture(panel.widget, pictures / f"panel-{name}.png"))
 
     panel, (result, words, cases, variants, trust) = module.explainPanel, module.panels
     press(panel.ui.predictButton)
@@ -561,6 +561,14 @@ def test_pictures(host, module, scan, library, pictures):
     panel.parameterNode.explanation = node
     picture(words, "rules")
     module.ui.explainCollapsibleButton.collapsed = False
+
+
+def trim(file):
+    """Cut what is empty below a panel, which is as high as the highest of them."""
+    image = Image.open(file).convert("RGB")
+    background = Image.new("RGB", image.size, image.getpixel((image.width - 1, image.height - 1)))
+    *_, bottom = ImageChops.difference(image, background).getbbox()
+    image.crop((0, 0, image.width, min(bottom + 12, image.height))).save(file, optimize=True)
 
 
 def window(host, file):
