@@ -42,6 +42,7 @@ _RARE = 0.99
 _BINS = 5
 _ASKED = 4
 """Of so many patches one nodule is walked in the test."""
+_WALKED = ("", "_within", "_agreed", "_moved_hu", "_grown_mm", *(f"_{name}" for name in NAMED[1:]))
 _REACH, _STEPS = 4.0, 9
 _HU = HU_RANGE[1] - HU_RANGE[0]
 
@@ -229,9 +230,9 @@ def traversed(network: Autoencoder, patches: Nodules) -> dict[str, float]:
         found = sizes(network, images, at) if "diameter" in network.names else {}
     for kind, other in (("benign", "malignant"), ("malignant", "benign")):
         rows = said == CLASSES.index(kind)
-        if bool(rows.any()):
-            walked = _walked(network, images[rows], at[rows], judges, CLASSES.index(other))
-            found |= {f"to_{other}{name}": float(value.float().mean()) for name, value in walked.items()}
+        # Of a few patches none may be of that kind.
+        walked = _walked(network, images[rows], at[rows], judges, CLASSES.index(other)) if bool(rows.any()) else {}
+        found |= {f"to_{other}{name}": float(walked[name].float().mean()) if walked else math.nan for name in _WALKED}
     return found
 
 
