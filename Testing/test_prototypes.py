@@ -237,6 +237,12 @@ def test_prototypes_become_the_nearest_patch_of_their_class() -> None:
     with torch.no_grad():
         own = after.looked(after.cases()).similarities.diagonal()
     assert torch.allclose(own, torch.ones(len(own)), atol=1e-5)
+    weights, kept = after.class_head.weight.detach(), after.class_head.of
+    with torch.no_grad():
+        settled = prototypes._settled(after.looked(grey / 255).similarities, known.labels, kept, len(kept))
+    assert torch.allclose(weights, settled, atol=1e-3)
+    for index in range(3):
+        assert (weights[kept == index].sort(descending=True).values[1:] >= prototypes._LEAST).all()
     uids = [origin.uid for origin in after.origins]
     assert len(set(uids)) == len(uids) and {origin.of for origin in after.origins} == {0, 1, 2}
 
