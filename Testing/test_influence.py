@@ -562,6 +562,16 @@ def test_a_binary_network_has_one_score(tmp_path: Path) -> None:
     ill, well = (by_uid(ask(model, library, target, count=24)) for target in ("ill", "not ill"))
     assert len(ill) == 24
     assert all(well[uid] == pytest.approx(-influence, abs=1e-9) for uid, influence in ill.items())
+    cases, query = known_features(model, scans(24, 0)), known_features(model, scans(1, 5))
+    x, q = (np.c_[(one - cases.mean(0)) / cases.std(0), np.ones(len(one))] for one in (cases, query))
+    # Two columns of weights share what the one of scikit-learn holds.
+    odds = [
+        LogisticRegression(C=2 / (24 * teaching.DAMPING), fit_intercept=False, tol=1e-10, max_iter=1000)
+        .fit(x[keep], np.arange(24)[keep] % 2)
+        .decision_function(q)[0]
+        for keep in (np.arange(24) != 24, np.arange(24) != 3)
+    ]
+    assert ill["case 03"] == pytest.approx(odds[0] - odds[1], rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -427,13 +427,17 @@ trained {seeds} times. A number after a name is that of the trainings over which
 
 {halved}
 
+The last layer is ahead of the neighbours, and TRAK is with several trainings; TracIn is not. All of them are estimates
+of a network that learns from scratch, and what its trainings have by chance none of them knows.
+
 **Without the most helpful.** The score of the predicted class, mean over patches, after learning without these shares
 of the cases, the most helpful first:
 
 {curves}
 
 **Wrong labels.** {flipped:.0%} of the labels were changed at random, five times. Area under the ROC curve for finding
-them: {flips}. To find wrong labels, it is enough to count the nearest cases with another label.
+them: {flips}.
+To find wrong labels it is enough to count the nearest cases with another label.
 
 **By attribute.** Mean influence of a case on the logit of "malignant", times 1000, over all nodules that are asked
 about, and the number of cases:
