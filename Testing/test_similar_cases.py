@@ -414,6 +414,21 @@ def test_a_network_that_has_forgotten_finds_others(tmp_path: Path) -> None:
     assert telling.judge(empty, made, scan(0, 0, 0.001)).light is None
 
 
+def test_among_a_few_cases_any_network_is_asked(made: mx.Model, tmp_path: Path) -> None:
+    """It embeds them itself: here one that reads the first number as the third, and says what it makes of that."""
+    library, other = stored(tmp_path, made), model()
+    with torch.no_grad():
+        other.network.found.weight.copy_(made.network.found.weight[[2, 1, 0]])  # type: ignore[operator, union-attr, index]
+        other.network.head.weight.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 2.4, 0.0]]))  # type: ignore[operator, union-attr]
+    found = ask(other, library, scan(4, 1.6, 0), among="a, b, c, d", patient="patient d", maps=False)
+    # It says smooth where the first number is more than 2.4 times the second.
+    assert (uids(found, "alike"), uids(found, "unlike")) == (["a"], ["b", "c"])
+    for case in found.cases:
+        assert case.similarity == pytest.approx(cosine((4, 1.6), CASES[case.uid][0][:2]), abs=1e-6)
+    with pytest.raises(mx.MedXAIError, match="give uids of it"):
+        ask(other, library, scan(4, 1.6, 0), among="x")
+
+
 def type_of(found: mx.SimilarCases) -> Any:
     return mx.methods()[found.provenance.method]
 
