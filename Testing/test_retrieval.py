@@ -72,10 +72,10 @@ def test_as_scikit_learn(k: int) -> None:
 def test_the_same_patient_is_not_found() -> None:
     """Without it the two relevant of the others are second and third of three."""
     similarity = np.array([[0.9, 0.8, 0.7, 0.1, 0.6]])
-    relevance = np.array([[1, 0, 1, 1, 1]])
+    relevance = np.array([[1, 0, 1, 2, 1]])
     excluded = np.array([[True, False, False, False, True]])
     (row,) = retrieval.ranking(similarity, relevance, excluded)
-    assert row.tolist() == [0, 1, 1]
+    assert row.tolist() == [0, 1, 2]
     found = retrieval.measured([row], 2)
     assert found["recall@2"][0] == 0.5 and found["MRR"][0] == 0.5
 
