@@ -369,11 +369,13 @@ patient.**
 
 A variational autoencoder (Kingma and Welling 2014) of the middle 40 mm of what `lung_nodule` sees. Its encoder looks
 through the layers of `lung_nodule` below the heads, which were not trained further; codes with a name were made to
-order nodules as the attribute does (Pati and Lerch 2021). {kind}
+order nodules as the attribute does (Pati and Lerch 2021).
+
+{kind}
 
 ## Trained on
-{begins} 1,200 computed nodules and pieces of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of
-pyradiomics 3.0.1, BSD 3-Clause), with the nodule up to 2 voxels from the middle, flipped and turned at random. The loss
+{begins} 1,200 computed nodules and pieces
+of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), with the nodule up to 2 voxels from the middle, flipped and turned at random. The loss
 is the evidence lower bound with normal errors, 600 observations to an image because neighbouring voxels say much the
 same. What is like the training, and what is not, was settled on 300 other patches of the same scan.
 `medxai train {recipe}` makes this bundle again ({seconds:.0f} s when this one was made, on a busy machine).
@@ -438,15 +440,15 @@ Output: the same as drawn from its codes. `encode`, `decode`, `changed`, `distan
 
 _PLAIN = {
     "title": "Nodules from codes",
-    "kind": "`lung_nodule_tc_vae` is the same with codes that are to tell little of one another.",
+    "kind": "`lung_nodule_tc_vae` is the same with codes that tell less of one another.",
     "begins": "On",
     "recipe": "lung-nodule-vae",
 }
 _FACTORS = {
     "title": "Nodules from codes that tell little of one another",
-    "kind": "What the codes tell of one another, their total correlation, is charged six times instead of once (Chen "
+    "kind": "What the codes tell of one another, their total correlation, is charged six times instead of once (Chen\n"
     "et al. 2018, Sarhan et al. 2019).",
-    "begins": "It began with the weights of `lung_nodule_vae`. On",
+    "begins": "It began with the weights of `lung_nodule_vae` and went on for 200 steps. On",
     "recipe": "lung-nodule-tc-vae",
 }
 
