@@ -375,9 +375,10 @@ order nodules as the attribute does (Pati and Lerch 2021).
 
 ## Trained on
 {begins} 1,200 computed nodules and pieces
-of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), with the nodule up to 2 voxels from the middle, flipped and turned at random. The loss
-is the evidence lower bound with normal errors, 600 observations to an image because neighbouring voxels say much the
-same. What is like the training, and what is not, was settled on 300 other patches of the same scan.
+of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), with the nodule
+up to 2 voxels from the middle, flipped and turned at random. The loss is the evidence lower bound with normal errors,
+600 observations to an image because neighbouring voxels say much the same. What is like the training, and what is not,
+was settled on 300 other patches of the same scan.
 `medxai train {recipe}` makes this bundle again ({seconds:.0f} s when this one was made, on a busy machine).
 
 ## Measured
