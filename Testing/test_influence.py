@@ -263,6 +263,10 @@ def test_what_is_no_answer_teaches_nothing():
         assert torch.allclose(
             together[i], SPACES["gradient"].embed(model, x[i : i + 1], labels[i : i + 1])[0], atol=1e-6
         )
+    of_values = mx.Model(nn.Sequential(nn.Flatten(), nn.Linear(8, 1)), task="regression", channels=1)
+    with of_values.ready():
+        kept = TrainingGradients(of_values, 0).kept(torch.ones(4, 1, 2, 2, 2), ["", "nan", "inf", "2.5"], Run())
+    assert not kept[:3].any() and kept[3].all()
     with pytest.raises(mx.MedXAIError, match="give labels"):
         SPACES["gradient"].embed(model, x)
     with pytest.raises(mx.MedXAIError, match="classification and regression"):

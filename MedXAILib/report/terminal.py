@@ -17,7 +17,6 @@ from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
 from MedXAILib.traversal import Traversal
 
-
 _MOST_STEPS = 4
 
 
