@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,9 +384,9 @@ def test_a_scan_that_is_gone_or_another_is_said(made: mx.Model, tmp_path: Path) 
 
 
 def test_a_scan_that_the_network_cannot_take_is_said(made: mx.Model, tmp_path: Path) -> None:
-    stored(tmp_path, made, {uid: (numbers, label) for uid, (numbers, label) in CASES.items()})
+    library = stored(tmp_path, made)
     sitk.WriteImage(sitk.Image(8, 8, sitk.sitkFloat32), str(tmp_path / "library" / "a.nrrd"))
-    found = ask(made, Library.open(tmp_path / "library"), scan(4, 1.6, 0))
+    found = ask(made, library, scan(4, 1.6, 0))
     assert next(case for case in found.cases if case.uid == "a").volume is None
     assert "'a' is shown without its scan" in " ".join(found.provenance.notes)
 
