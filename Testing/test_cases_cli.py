@@ -195,6 +195,20 @@ def test_what_cannot_be_a_library_is_said(here: Path):
     assert (failed.exit_code, "no library of cases" in failed.output) == (1, True)
 
 
+def test_every_row_is_a_case_of_its_own(here: Path):
+    Path("twice.csv").write_text("volume,label\nb.nrrd,healthy\nsmith-1.nrrd,healthy\nb.nrrd,[red]tumour\n")
+    with pytest.raises(MedXAIError, match=r"Row 4 .* column 'uid': this is the case of row 2 again"):
+        build(whole_network(), "twice.csv", "twice", Run())
+    assert not Path("twice").exists()
+
+
+def test_the_network_of_a_library_is_found_from_anywhere(here: Path):
+    model = whole_network()
+    model.source = "b.nrrd"
+    Path("one.csv").write_text("volume\nb.nrrd\n", encoding="utf-8")
+    assert build(model, "one.csv", "one", Run()).embedder.model == str(here / "b.nrrd")
+
+
 def test_scans_of_several_sizes_and_one_that_cannot_be_embedded(here: Path):
     model = whole_network()
     big = torch.zeros(1, 1, 10, 10, 10)

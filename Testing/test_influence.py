@@ -494,6 +494,13 @@ def test_gradients_at_checkpoints(model: mx.Model, library: Library, tmp_path: P
     for uid, influence in found.items():
         assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3, abs=1e-5 * np.abs(expected).max())
     # What was computed is there the next time, though no scan is.
+    whole = {**asked, "length": 4}
+    (Path(library.path) / "00.nrrd").rename(tmp_path / "away.nrrd")
+    without = ask(model, library, **whole)
+    assert "1 of 36 cases count for nothing" in " ".join(without.provenance.notes)
+    (tmp_path / "away.nrrd").rename(Path(library.path) / "00.nrrd")
+    assert "count for nothing" not in " ".join(ask(model, library, **whole).provenance.notes)
+    assert by_uid(ask(model, library, **whole)) != by_uid(without)
     for i in range(36):
         (Path(library.path) / f"{i:02d}.nrrd").unlink()
     assert by_uid(ask(model, library, **asked)) == found
