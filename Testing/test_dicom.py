@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import highdicom as hd
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import MedXAILib as mx
 from MedXAILib.cli import app
+from MedXAILib.export import made_by
 from MedXAILib.export.dicom import write_dicom
 from MedXAILib.grid import resample
 from MedXAILib.resources import path
@@ -106,6 +108,86 @@ def test_objects_are_valid(series: Path, made: mx.SaliencyMap, tmp_path: Path) -
         for file in write_dicom(explanation, series, tmp_path / str(i)):
             said = subprocess.run(["dciodvfy", str(file)], capture_output=True, text=True, check=False).stderr
             assert [line for line in said.splitlines() if line.startswith("Error")] == [], file
+
+
+def copy_of(series: Path, folder: Path, without: str = "", **changed: object) -> Path:
+    """The slices in `series`, `without` one of their tags and with others `changed`."""
+    folder.mkdir()
+    for file in series.iterdir():
+        one = dcmread(file)
+        if without:
+            delattr(one, without)
+        one.update(changed)
+        one.save_as(folder / file.name)
+    return folder
+
+
+def with_provenance(made: mx.SaliencyMap, **changed: object) -> mx.SaliencyMap:
+    return replace(made, provenance=SimpleNamespace(**{**vars(made.provenance), **changed}))
+
+
+def test_any_language_is_kept(series: Path, made: mx.SaliencyMap, tmp_path: Path) -> None:
+    name = "Yamada^Tarou=山田^太郎=やまだ^たろう"
+    japanese = copy_of(
+        series, tmp_path / "japanese", SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=name, StudyID="1"
+    )
+    told = with_provenance(made, title="Größe 患者", target_label="bösartig " + "x" * 80)
+    for source, patient in ((japanese, name), (series, "Doe^Jane")):
+        for file in write_dicom(told, source, tmp_path / "out"):
+            one = dcmread(file)
+            assert one.PatientName == patient
+            assert "Größe 患者: bösartig x" in one.SeriesDescription and one.SeriesDescription.endswith("…")
+
+
+@pytest.mark.parametrize("tag", ["StudyID", "PatientBirthDate", "SliceThickness"])
+def test_a_series_that_was_made_anonymous_is_taken(
+    series: Path, made: mx.SaliencyMap, tag: str, tmp_path: Path
+) -> None:
+    write_dicom(made, copy_of(series, tmp_path / "series", tag), tmp_path / "out")
+    read = dcmread(tmp_path / "out" / "map-0.dcm")
+    if tag == "SliceThickness":
+        (measures,) = read.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        assert float(measures.SliceThickness) == pytest.approx(3.0, abs=1e-4)
+    else:
+        assert tag in read and not read[tag].value
+
+
+@pytest.mark.parametrize("tag", ["ImageOrientationPatient", "FrameOfReferenceUID"])
+def test_slices_that_are_nowhere_are_refused(series: Path, made: mx.SaliencyMap, tag: str, tmp_path: Path) -> None:
+    with pytest.raises(mx.MedXAIError, match="no single slice in space"):
+        write_dicom(made, copy_of(series, tmp_path / "series", tag), tmp_path / "out")
+
+
+def test_folders_stay_at_home(series: Path, made: mx.SaliencyMap, tmp_path: Path) -> None:
+    places = {"library": "/home/jane/cases", "table": r"C:\Users\jane\cases.csv", "layer": "shape/1"}
+    notes = ("Left out: '/home/jane/scan 1.nrrd' is constant.", r"Left out: 'D:\jane\scan 2.nrrd'.")
+    write_dicom(with_provenance(made, parameters=places, notes=notes), series, tmp_path / "out")
+    spots = dcmread(tmp_path / "out" / "hot-spots-0.dcm")
+    (algorithm,) = spots.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
+    assert algorithm.AlgorithmParameters.startswith('library="cases",table="cases.csv",layer="shape/1",')
+    report = dcmread(tmp_path / "out" / "report.dcm")
+    texts = [element.value for element in report.iterall() if element.keyword == "TextValue"]
+    assert "Left out: 'scan 1.nrrd' is constant." in texts and "Left out: 'scan 2.nrrd'." in texts
+    for file in (tmp_path / "out").iterdir():
+        assert b"jane" not in file.read_bytes()
+
+
+def test_meanings_that_differ_have_codes_that_differ() -> None:
+    meanings = ["malignant", "malignant nodule 1", "malignant nodule 2", "良性", "恶性", "diameter (mm)", "diameter mm"]
+    codes = [made_by.coded(meaning) for meaning in meanings]
+    assert codes[0].value == "malignant" and len({code.value for code in codes}) == len(meanings)
+    assert all(len(code.value) <= 16 and code.value.isascii() for code in codes)
+    assert [code.meaning for code in codes] == meanings
+
+
+def test_one_slice_is_as_thick_as_it_says(series: Path, made: mx.SaliencyMap, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(min(series.iterdir()), tmp_path / "one")
+    one = mx.load_volume(tmp_path / "one")
+    write_dicom(replace(made, data=made.data.sum(1, keepdim=True), affine=one.affine), tmp_path / "one", tmp_path / "o")
+    (spot, *_) = hd.sr.srread(tmp_path / "o" / "report.dcm").content.get_volumetric_roi_measurement_groups()
+    count = hd.seg.segread(tmp_path / "o" / "hot-spots-0.dcm").get_volume(segment_numbers=[1]).array.astype(bool).sum()
+    assert float(spot.get_measurements()[0].value) == pytest.approx(count * 3.0 * 0.9 * 1.3 / 1000, rel=1e-5)
 
 
 def test_another_series_is_refused(series: Path, made: mx.SaliencyMap, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from MedXAILib import __version__
@@ -28,7 +30,7 @@ def equipment(made: Provenance) -> dict[str, Any]:
 
 
 def instance(series_number: int, instance_number: int = 1) -> dict[str, Any]:
-    """A series and an instance of its own."""
+    """A series and an instance of its own, in UTF-8 whatever the source is in: what it says is in any language."""
     from highdicom import UID
 
     return {
@@ -36,6 +38,7 @@ def instance(series_number: int, instance_number: int = 1) -> dict[str, Any]:
         "series_number": series_number,
         "sop_instance_uid": UID(),
         "instance_number": instance_number,
+        "specific_character_set": "ISO_IR 192",
     }
 
 
@@ -45,7 +48,7 @@ def algorithm(made: Provenance) -> AlgorithmIdentificationSequence:
     from pydicom.sr.codedict import codes
 
     asked = {"network": made.model.get("name"), "fingerprint": made.model.get("fingerprint"), "seed": made.seed}
-    parameters = {name: json.dumps(value) for name, value in {**made.parameters, **asked}.items()}
+    parameters = {name: json.dumps(_placeless(value)) for name, value in {**made.parameters, **asked}.items()}
     return AlgorithmIdentificationSequence(
         name=long_string(made.title or made.method),
         family=codes.DCM.ArtificialIntelligence,
@@ -55,11 +58,25 @@ def algorithm(made: Provenance) -> AlgorithmIdentificationSequence:
     )
 
 
-def coded(meaning: str, value: str | None = None) -> CodedConcept:
+def without_folders(text: str) -> str:
+    """`text` with the paths that it quotes by their last name alone."""
+    return re.sub(r"'(?:/|[A-Za-z]:[\\/]|\\\\)[^']*[\\/]([^'\\/]+)'", r"'\1'", text)
+
+
+def _placeless(value: Any) -> Any:
+    """A path without its folders: they name people and machines, and objects are sent around."""
+    kinds = (PurePosixPath, PureWindowsPath)
+    return next((kind(value).name for kind in kinds if isinstance(value, str) and kind(value).is_absolute()), value)
+
+
+def coded(meaning: str) -> CodedConcept:
     """`meaning` in MedXAI's own coding scheme, for which no standard has a code."""
     from highdicom.sr import CodedConcept
 
-    short = re.sub(r"[^A-Za-z0-9]+", "_", value or meaning).strip("_")[:16] or "_"
+    short = re.sub(r"[^A-Za-z0-9]+", "_", meaning).strip("_")
+    if short.replace("_", " ") != meaning or len(short) > 16:
+        # Two meanings never have one code.
+        short = f"{short[:9]}_{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
     return CodedConcept(value=short, scheme_designator=_SCHEME, meaning=long_string(meaning))
 
 

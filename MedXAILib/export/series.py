@@ -14,6 +14,24 @@ from MedXAILib.errors import MedXAIError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+_IN_SPACE = (
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "FrameOfReferenceUID",
+    "SOPClassUID",
+)
+# What every object has to have, if only empty. Who makes series anonymous often takes them out.
+_MAY_BE_EMPTY = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+)
 # A voxel may stray this far from where the series says it is, in mm.
 _TOLERANCE_MM = 0.05
 
@@ -32,7 +50,8 @@ class Series:
         between_rows, between_columns = (float(mm) for mm in first.PixelSpacing)
         start, end = (np.asarray(one.ImagePositionPatient, float) for one in (first, last))
         affine = np.eye(4)
-        affine[:3, 0] = (end - start) / (count - 1) if count > 1 else np.cross(along_row, along_column)
+        normal = np.cross(along_row, along_column) * float(first.get("SliceThickness") or 1)
+        affine[:3, 0] = (end - start) / (count - 1) if count > 1 else normal
         affine[:3, 1] = along_column * between_rows
         affine[:3, 2] = along_row * between_columns
         affine[:3, 3] = start
@@ -83,6 +102,14 @@ def read_series(folder: Path) -> Series:
     files = ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])
     slices = [dcmread(file, stop_before_pixels=True) for file in files]
     for one, file in zip(slices, files, strict=True):
-        if "ImagePositionPatient" not in one or "PixelSpacing" not in one or int(one.get("NumberOfFrames", 1)) > 1:
+        if any(name not in one for name in _IN_SPACE) or int(one.get("NumberOfFrames") or 1) > 1:
             raise MedXAIError(f"'{Path(file).name}' is no single slice in space: results refer to slices of CT or MR.")
-    return Series(slices)
+        for name in _MAY_BE_EMPTY:
+            if name not in one:
+                setattr(one, name, None)
+    series = Series(slices)
+    thickness = float(np.linalg.norm(series.affine[:3, 0]))
+    for one in slices:
+        if not one.get("SliceThickness"):
+            one.SliceThickness = f"{thickness:.8g}"
+    return series

@@ -99,7 +99,7 @@ def _scores(explanation: Explanation) -> Iterator[Any]:
 
 def _lines(explanation: Explanation) -> list[str]:
     text = isinstance(explanation, Caption | ConceptScores | SimilarCases | Traversal | RuleSet) and explanation.text
-    lines = [RESEARCH_ONLY, *([text] if text else []), *explanation.provenance.notes]
+    lines = [RESEARCH_ONLY, *([text] if text else []), *map(made_by.without_folders, explanation.provenance.notes)]
     if isinstance(explanation, RuleSet):
         lines += [rule.sentence for rule in explanation.rules]
     return lines
