@@ -286,6 +286,8 @@ def test_on_an_oblique_anisotropic_scan_the_same_changes_in_the_same_place() -> 
     assert isinstance(told, Traversal)
     assert told.images.shape == (3, 21, 57, 49) and np.allclose(told.affine, volume.affine)
     assert torch.equal(told.images[1], volume.data[0])
+    drawer = mx.load_model(resources.path("Models/generators/lung_nodule_vae"))
+    assert drawer.fingerprint in " ".join(told.provenance.notes)
     values = [step.value for step in told.steps]
     assert values == sorted(values) or values == sorted(values, reverse=True)
     # What the network is shown is what is shown.
@@ -355,6 +357,9 @@ def test_a_network_that_sees_something_else_is_refused() -> None:
     two = mx.Volume(scan().data.repeat(2, 1, 1, 1), scan().affine)
     with pytest.raises(MedXAIError, match="one channel"):
         tell(mx.Model(nn.Sequential(nn.Conv3d(2, 2, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())), two, "latent")
+    first = mx.Model(Dense(), class_names=("airy", "dense"), preprocessing=lambda image: image[:1])
+    with pytest.raises(MedXAIError, match=r"one channel.* with 2 channel"):
+        tell(first, two, "latent", along="diameter")
 
 
 def upside(image: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class Influence(Teller):
         run, model = question.run, question.model
         if self.checkpoints:
             several = [TrainingGradients(m, self.length, run.seed) for m in at_checkpoints(model, self.checkpoints)]
+            run.note(f"The fingerprints of the weights: {', '.join(one.model.fingerprint for one in several)}.")
             each = gradients_of_cases(several, library, taught.records, run)
         else:
             several, each = [TrainingGradients(model)], [self._vectors(question, library, taught, Gradient())]

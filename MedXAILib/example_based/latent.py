@@ -84,6 +84,7 @@ class Latent(Teller):
         run.step(0, 1, "Reading the generative network")
         question.bind()
         generator = _generator(self.generator or _DEFAULT)
+        run.note(f"Drawn by {generator.name}, whose fingerprint is {generator.fingerprint}.")
         scan = _Scan.of(question, volume, generator)
         with torch.no_grad():
             start = scan.network.encode(scan.image)
@@ -209,8 +210,11 @@ class _Scan:
             MedXAIError: when what the networks see of it is not the same but for a factor.
         """
         x, seen, name = question.x, question.seen[0], question.model.name
-        if len(volume.shape) != 3 or x.shape[1] != 1:
-            raise MedXAIError(f"{generator.name} draws scans of one channel, and {name} sees {x.shape[1]} of them.")
+        if len(volume.shape) != 3 or x.shape[1] != 1 or len(volume.data) != 1:
+            raise MedXAIError(
+                f"{generator.name} draws 3-D scans of one channel. This one is {len(volume.shape)}-D with "
+                f"{len(volume.data)} channel(s), and {name} sees {x.shape[1]} of them: ask about a scan of that kind."
+            )
         centre = transform(seen.affine, (np.array(x.shape[2:]) - 1) / 2)
         own = generator.prepare(volume, centre.tolist())
 
