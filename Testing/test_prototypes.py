@@ -24,6 +24,7 @@ from MedXAILib.networks.prototypes import Origin, PrototypeLungNodule
 from MedXAILib.resources import path
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, synthesise
 from MedXAILib.training import prototypes
+from MedXAILib.training.table import Patches
 from MedXAILib.trust import telling
 from MedXAILib.trust.prototype_checks import (
     activation_precision,
@@ -249,6 +250,27 @@ def test_prototypes_become_the_nearest_patch_of_their_class() -> None:
         assert (weights[kept == index].sort(descending=True).values[1:] >= prototypes._LEAST).all()
     uids = [origin.uid for origin in after.origins]
     assert len(set(uids)) == len(uids) and {origin.of for origin in after.origins} == {0, 1, 2}
+
+
+def test_parts_of_own_cases_are_where_they_are_in_the_patient() -> None:
+    generator = torch.Generator().manual_seed(5)
+    images, labels, spots = torch.rand(12, 1, 32, 32, 32, generator=generator) * 0.5, torch.arange(12) % 2, {}
+    origins = []
+    for i, image in enumerate(images):
+        region = np.array([10.0 * i, -20.0, 30.0 + i])
+        spot = torch.randint(6, 26, (3,), generator=generator).tolist()
+        image[(0, *spot)] = 1.0
+        spots[f"row {i}"] = region + 1.25 * (np.array(spot) - 15.5)
+        origins.append(Origin(int(labels[i]), f"row {i}", tuple((region - 1.25 * 11.5).tolist())))
+    patches = Patches(images, labels, torch.zeros(12, 0), None, [""] * 12)
+    batches = [prototypes._taught(origins, patches, 8, seed) for seed in range(3)]
+    # As they are trained on, they are flipped and moved.
+    assert not all(torch.equal(batch.images, batch.kept) for batch in batches)
+    network = PrototypeLungNodule(2, [{"of": index} for index in (0, 0, 1, 1)], size=24).eval()
+    prototypes.project(network, batches)
+    for origin, crop in zip(network.origins, network.cases(), strict=True):
+        found = np.unravel_index(int(crop[0].argmax()), (24, 24, 24))
+        assert np.allclose(np.array(origin.corner) + 1.25 * np.array(found), spots[origin.uid])
 
 
 def test_weights_are_the_best_that_are_not_negative() -> None:

@@ -51,11 +51,13 @@ _SHIFT = 2
 
 @dataclass(frozen=True)
 class Taught:
-    """Patches of the training (N, 1, D, H, W), their classes (N,), and where each comes from."""
+    """Patches of the training (N, 1, D, H, W), their classes (N,), and where each comes from. `kept` is how they are in
+    the scan, if it is another way: what a prototype becomes a part of, and where it is in the patient."""
 
     images: Tensor
     labels: Tensor
     origins: Sequence[Origin]
+    kept: Tensor | None = None
 
 
 def build() -> PrototypeLungNodule:
@@ -116,7 +118,8 @@ def project(network: PrototypeLungNodule, batches: Iterable[Taught]) -> None:
     """Each prototype becomes what the network finds in the patch of its class that is nearest to it; the weights are
     settled anew, and prototypes that count for little are forgotten."""
     known = list(batches)
-    images = torch.cat([(batch.images * GREYS).round().to(torch.uint8) for batch in known])
+    whole = [batch.images if batch.kept is None else batch.kept for batch in known]
+    images = torch.cat([(part * GREYS).round().to(torch.uint8) for part in whole])
     labels = torch.cat([batch.labels for batch in known])
     origins = [origin for batch in known for origin in batch.origins]
     looked = [network.looked(part) for part in _seen(network, images)]
@@ -299,7 +302,11 @@ def _taught(origins: Sequence[Origin], patches: Patches, count: int, seed: int) 
     """Some of the patches of the training, as `augmented` makes them, and the rows that they are of."""
     row = torch.arange(len(patches), dtype=torch.float32)[:, None]
     batch = augmented(replace(patches, attributes=row), count, seed)
-    return Taught(batch.images, batch.labels, [origins[i] for i in batch.attributes[:, 0].long().tolist()])
+    rows = batch.attributes[:, 0].long()
+    low = (patches.images.shape[-1] - batch.images.shape[-1]) // 2
+    middle = slice(low, low + batch.images.shape[-1])
+    kept = patches.images[rows][:, :, middle, middle, middle]
+    return Taught(batch.images, batch.labels, [origins[i] for i in rows.tolist()], kept)
 
 
 def _measure_own(network: PrototypeLungNodule, patches: Patches) -> dict[str, float]:
