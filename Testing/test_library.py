@@ -261,6 +261,24 @@ def test_what_is_no_library_is_said(tmp_path: Path):
         Library.open(tmp_path / "library")
 
 
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ('{"format": 99, "embedder": {"other": 1}}', "newer MedXAI"),
+        ("[]", "no library of MedXAI"),
+        ("torn", "no library of MedXAI"),
+        ('{"embedder": {}}', "no library of MedXAI"),
+        ('{"embedder": {"fingerprint": "f", "model": "", "name": "", "spaces": {"plain": 5}}}', "no library of MedXAI"),
+    ],
+)
+def test_what_is_written_of_another_library_is_not_relied_on(tmp_path: Path, about: str, said: str):
+    lancedb, pyarrow = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
+    schema = pyarrow.schema([pyarrow.field("uid", pyarrow.string())], metadata={"medxai": about})
+    lancedb.connect(tmp_path).create_table("cases", schema=schema)
+    with pytest.raises(MedXAIError, match=said):
+        Library.open(tmp_path)
+
+
 def test_lancedb_is_imported_by_those_who_open_a_library_only():
     program = (
         "import sys, MedXAILib, MedXAILib.registry, MedXAILib.cli, MedXAILib.cases.building, MedXAILib.cases.demo; "

@@ -157,12 +157,17 @@ class Library:
                         f"that is kept {min(known)}."
                     )
                 table.checkout(version)
-            about = json.loads((table.schema.metadata or {}).get(b"medxai", b"{}"))
-        if about.get("format", 0) > _FORMAT:
+            told = (table.schema.metadata or {}).get(b"medxai", b"{}")
+        try:
+            about = json.loads(told)
+            embedder = None if about.get("format", 0) > _FORMAT else Embedder(**about["embedder"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MedXAIError(
+                f"'{where}' is no library of MedXAI: give the folder that 'medxai cases build' made."
+            ) from error
+        if embedder is None:
             raise MedXAIError(f"The library '{where}' was made by a newer MedXAI: update this one.")
-        if "embedder" not in about:
-            raise MedXAIError(f"'{where}' is no library of MedXAI: give the folder that 'medxai cases build' made.")
-        return cls(where, table, Embedder(**about["embedder"]), pinned=version is not None)
+        return cls(where, table, embedder, pinned=version is not None)
 
     @property
     def version(self) -> int:
