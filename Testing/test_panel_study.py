@@ -19,7 +19,6 @@ slicer_host = pytest.importorskip("slicer_host")
 
 import plain_map  # noqa: E402
 import slicer  # noqa: E402
-import small_explanations  # noqa: E402
 from conftest import oblique_affine  # noqa: E402
 from slicer_host import qt  # noqa: E402
 
@@ -28,7 +27,7 @@ from MedXAILib.study.allocation import trials  # noqa: E402
 from MedXAILib.study.design import read_study  # noqa: E402
 from MedXAILib.study.journal import read  # noqa: E402
 from MedXAILib.study.results import readings  # noqa: E402
-from MedXAISlicerLib import geometry, results, studies  # noqa: E402
+from MedXAISlicerLib import answers, geometry, mrml, results, studies  # noqa: E402
 
 SHAPE = (9, 14, 11)
 SPOT = (4, 6, 7)
@@ -38,9 +37,8 @@ SECRETS = ("secret", "hirescam", "unmistakable", "placebo", "of-another")
 
 
 def blob(shape, spot):
-    distance = sum((np.arange(n) - at).reshape([-1 if i == j else 1 for j in range(3)]) ** 2
-                   for i, (n, at) in enumerate(zip(shape, spot, strict=True)))  # fmt: skip
-    return torch.from_numpy(np.exp(-distance / 6.0)).float()
+    away = np.meshgrid(*(np.arange(n) - at for n, at in zip(shape, spot, strict=True)), indexing="ij")
+    return torch.from_numpy(np.exp(-sum(axis**2 for axis in away) / 6)).float()
 
 
 def saved(folder, shape=SHAPE, affine=None, spot=SPOT):
@@ -326,6 +324,34 @@ def test_a_pause_hides_the_scan_and_stops_the_clock(panel, make):
     assert [event["event"] for event in events(design)[1:4]] == ["begin", "pause", "resume"]
 
 
+def test_the_time_that_is_left_is_told(panel, make):
+    begin(panel, make(["none"], seconds=30))
+    now, sitting = [0.0], panel.sitting
+    sitting._clock, sitting._since = lambda: now[0], 0.0
+    for now[0], says in ((12.0, "18 s left"), (30.0, "Time is over: please answer.")):
+        panel._timer.timeout.emit()
+        assert panel.ui.timeLabel.text == says
+    assert panel._timer.isActive()
+    panel.ui.stopButton.click()
+    assert not panel._timer.isActive()
+
+
+@pytest.mark.parametrize("leave", ["scene", "scan"])
+def test_without_its_scan_a_study_is_left(panel, make, leave):
+    design = make(["map"])
+    begin(panel, design)
+    if leave == "scene":
+        # As the module does before a scene is closed.
+        panel.setParameterNode(None)
+        slicer.mrmlScene.Clear()
+    else:
+        slicer.mrmlScene.RemoveNode(panel.sitting.scan)
+    assert panel.sitting is None
+    assert "go on where you are" in panel.ui.messageLabel.text
+    begin(panel, design)
+    assert panel.ui.progressLabel.text == "Scan 1 of 2"
+
+
 def test_what_cannot_be_shown_tells_no_secret(panel, make):
     design = make(["placebo"])
     (design.parent / "of-another" / "explanation.json").write_text("{}", encoding="utf-8")
@@ -345,26 +371,73 @@ def test_the_map_of_another_grid_is_no_map_of_the_scan(panel, make):
     assert "not on the grid" in events(design)[-1]["why"]
 
 
-def test_an_arm_of_words_and_cases_is_shown_in_their_views(panel, make, tmp_path):
-    design = make(["ai+text+cases"], explanations={"text": "words", "cases": "like"})
-    chest = small_explanations.chest()
-    small_explanations.caption(chest).save(design.parent / "words")
-    small_explanations.similar_cases(chest, count=2).save(design.parent / "like")
-    for i in range(2):
-        write(chest, design.parent / f"secret-{i}.nrrd")
+def test_an_arm_of_words_cases_and_prototypes_is_shown_in_their_views(panel, make):
+    shown = {"text": "words", "cases": "alike", "prototypes": "parts"}
+    design = make(["text+cases+prototypes"], explanations=shown)
+    affine, map_ = oblique_affine(), blob(SHAPE, SPOT)
+    made = plain_map.saliency(map_[None], affine, volume={"source": "secret-scan.nrrd"}, notes=["secret"]).provenance
+    words = (mx.Word("solid", 2, 7, 0.9, 0, None),)
+    mx.Caption(made, {}, "A solid nodule.", words, map_[None], affine).save(design.parent / "words")
+    for folder, role in (("alike", "alike"), ("parts", "prototype")):
+        known = mx.Volume(map_[None], affine, f"{role}.nrrd")
+        cases = tuple(mx.Case(f"{role} {i}", "benign", 0.5, role=role, volume=known) for i in range(2))
+        mx.SimilarCases(made, {}, cases, None, affine).save(design.parent / folder)
     begin(panel, design)
-    words, cases = panel._views["text"], panel._views["cases"]
-    assert "nodule of" in words.ui.textBrowser.plainText
-    assert cases.ui.casesList.count == 2
-    assert panel.ui.overlayCheckBox.checked
-    words.ui.hideMapButton.click()
-    assert not panel.ui.overlayCheckBox.checked
-    assert [event["shown"] for event in events(design) if event["event"] == "look"] == [False]
-    assert "chest_ct_nodule" not in told(panel)
-    before = [panel.sitting.explanations["text"], panel.sitting.explanations["cases"]]
+    assert not panel.ui.saidLabel.isVisibleTo(panel.widget)
+    views = [panel._views[part] for part in shown]
+    assert all(view.widget.isVisibleTo(panel.widget) for view in views)
+    browser, overlay = views[0].ui.textBrowser, panel.ui.overlayCheckBox
+    assert browser.plainText.strip() == "A solid nodule."
+    for view, role in zip(views[1:], ("alike", "prototype"), strict=True):
+        assert f"Case {role} 0" in view.ui.casesList.item(0).toolTip()
+    assert [secret for secret in SECRETS if secret in told(panel)] == []
+    # A click on a word is a look at its map, too.
+    views[0].ui.hideMapButton.click()
+    assert (overlay.checked, {front for _, front in layers()}) == (False, {None})
+    browser.anchorClicked.emit(qt.QUrl("word:0"))
+    assert (overlay.checked, {front for _, front in layers()}) == (True, {panel.sitting.maps[0].GetID()})
+    assert [event["shown"] for event in events(design) if event["event"] == "look"] == [False, True]
+    panel.ui.pauseButton.click()
+    assert all(view.node is None for view in views)
+    panel.ui.pauseButton.click()
+    assert [view.node for view in views] == list(panel.sitting.explanations.values())
+    before = [view.node for view in views]
     answer(panel)
     assert all(node.GetScene() is None for node in before)
-    assert words.node is not None
+    assert [view.node for view in views] == list(panel.sitting.explanations.values())
+
+
+@pytest.mark.parametrize(("part", "folder"), [("text", "own"), ("map", "words")])
+def test_what_is_of_another_kind_is_not_shown(panel, make, part, folder):
+    design = make([part], explanations={part: folder})
+    affine, map_ = oblique_affine(), blob(SHAPE, SPOT)
+    made = plain_map.saliency(map_[None], affine).provenance
+    mx.Caption(made, {}, "Nothing.", (), map_[None][:0], affine).save(design.parent / "words")
+    begin(panel, design)
+    assert "cannot be shown" in panel.ui.messageLabel.text
+    assert f"'{part}' shows a" in events(design)[-1]["why"]
+
+
+def test_nobody_reads_as_another_by_accident(panel, make):
+    design = make(["none"])
+    ui = panel.ui
+    ui.designPathLineEdit.currentPath = str(design)
+    assert not ui.beginButton.enabled
+    begin(panel, design, "r2")
+    ui.stopButton.click()
+    assert ui.readerSelector.currentText == "r2"
+    assert ui.beginButton.enabled
+    assert not (design.parent / studies.JOURNALS / "r1.jsonl").exists()
+
+
+def test_what_was_explained_before_goes_out_of_sight(panel, make):
+    before = slicer.util.addVolumeFromArray(np.zeros(SHAPE), oblique_affine()[:, [2, 1, 0, 3]], "Scan of before")
+    shown = answers.of(plain_map.saliency(blob(SHAPE, SPOT)[None], oblique_affine()))
+    (map_,) = mrml.addAnswers(before, [shown])
+    assert layers() == {(before.GetID(), map_.GetID())}
+    begin(panel, make(["none"]))
+    assert layers() == {(panel.sitting.scan.GetID(), None)}
+    assert not results.part(map_, "HotSpots").GetDisplayNode().GetVisibility()
 
 
 def test_no_study_is_opened_of_what_is_none(panel, tmp_path):

@@ -95,7 +95,9 @@ class Sitting:
         # Without a file, whose name may tell what it is.
         self.scan = slicer.util.addVolumeFromArray(volume.data[0].numpy(), volume.affine[:, [2, 1, 0, 3]], "Scan")
         self.scan.CreateDefaultDisplayNodes()
-        slicer.util.setSliceViewerLayers(background=self.scan, foreground=None)
+        slicer.util.setSliceViewerLayers(background=self.scan)
+        # Whatever explanation there was before goes out of sight.
+        display.show(self.scan)
         slicer.util.resetSliceViews()
         shown = [part for part in _KINDS if part in parts(trial.arm)]
         found = [_blinded(part, answers.read(trial.case.explanations[part]), self.scan) for part in shown]

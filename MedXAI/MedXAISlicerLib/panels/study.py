@@ -35,6 +35,7 @@ class StudyPanel(Panel):
         ui.designPathLineEdit.nameFilters = [_("Design of a study (*.json)")]
         ui.designPathLineEdit.settingKey = "MedXAI/study"
         ui.designPathLineEdit.connect("currentPathChanged(QString)", self._fillReaders)
+        ui.readerSelector.connect("currentIndexChanged(int)", self._showReader)
         ui.beginButton.connect("clicked(bool)", self._onBegin)
         ui.pauseButton.connect("clicked(bool)", self._onPause)
         ui.stopButton.connect("clicked(bool)", self._onStop)
@@ -56,14 +57,18 @@ class StudyPanel(Panel):
         super().cleanup()
 
     def _fillReaders(self, *_path):
-        """Offer the readers of the chosen design."""
-        self.ui.readerSelector.clear()
-        path = self.ui.designPathLineEdit.currentPath
+        """Offer the readers of the chosen design; nobody reads as another by accident."""
+        path, selector = self.ui.designPathLineEdit.currentPath, self.ui.readerSelector
+        chosen = selector.currentText
+        selector.clear()
         study = self._tried(_readStudy, path) if path else None
         if study is not None:
-            self.ui.readerSelector.addItems(list(study.design.readers))
-            self.ui.messageLabel.text = ""
-        self.ui.beginButton.enabled = study is not None
+            selector.addItems(list(study.design.readers))
+        selector.currentIndex = selector.findText(chosen)
+        self._showReader()
+
+    def _showReader(self, *_index):
+        self.ui.beginButton.enabled = self.ui.readerSelector.currentIndex >= 0
 
     def _onBegin(self, _checked=False):
         path, reader = self.ui.designPathLineEdit.currentPath, self.ui.readerSelector.currentText
@@ -108,11 +113,7 @@ class StudyPanel(Panel):
         ui.saidLabel.visible = said is not None
         if said is not None:
             answer, score = said
-            text = (
-                _("The network says: {answer}")
-                if score is None
-                else _("The network says: {answer} (score {score:.2f})")
-            )
+            text = _("The network says: {answer}") + ("" if score is None else _(" (score {score:.2f})"))
             ui.saidLabel.text = text.format(answer=answer, score=score)
         ui.overlayCheckBox.visible = bool(self.sitting.maps)
         ui.overlayCheckBox.checked = True
@@ -144,11 +145,11 @@ class StudyPanel(Panel):
         return self._views[part]
 
     def _onLook(self, shown):
-        self.sitting.noteLook(shown)
+        self._tried(self.sitting.noteLook, shown)
         self.ui.overlayCheckBox.checked = shown
 
     def _onOverlay(self, shown):
-        self.sitting.showOverlay(shown)
+        self._tried(self.sitting.showOverlay, shown)
 
     def _onAnswer(self, answer, _checked=True):
         self._answer = answer
@@ -195,9 +196,9 @@ class StudyPanel(Panel):
         for view in self._views.values():
             view.show(None)
         if paused:
-            self.sitting.pause()
+            self._tried(self.sitting.pause)
         else:
-            self.sitting.resume(self.ui.overlayCheckBox.checked)
+            self._tried(self.sitting.resume, self.ui.overlayCheckBox.checked)
             for part, node in self.sitting.explanations.items():
                 if part in _VIEWS:
                     self._view(part).show(node)
