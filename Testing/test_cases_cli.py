@@ -289,12 +289,18 @@ def test_the_demo_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     library = demo_library(model, Run(), rounds=1)
     assert Path(library.path).is_relative_to(tmp_path)
     computed = library.records({"made": "computed, clear"})
+    chest = load_volume(resources.path("SampleData/chest_ct_mass.nrrd"))
     assert len(computed) == 23
     assert len({case.patient for case in computed}) == 23
     for case in computed:
         if case.label != "none":
             logit = rule_logit(torch.tensor([[case.meta[name] for name in ATTRIBUTES]]))
             assert case.label == ("malignant" if logit > 0 else "benign")
+        # A piece of the patient's own chest, 50 mm wide, and in its middle the place.
+        volume = library.volume(case)
+        np.testing.assert_allclose(volume.spacing, 1.25)
+        np.testing.assert_allclose(volume.to_point(np.full(3, 19.5)), case.region, atol=1e-3)
+        assert all(0 < i < n for i, n in zip(chest.to_index(case.region), chest.shape, strict=True))
     # The stored scan, asked where the record says, is what was embedded.
     for case in (computed[0], *library.records({"made": "real"})):
         output = model.predict(library.volume(case), case.region)

@@ -149,12 +149,11 @@ def test_classes_are_fitted_to_the_optimum():
 
 
 def test_optimum_is_reached_from_anywhere():
-    """From weights that are far off, whole steps of Newton's method may run away."""
+    """From weights that are off, whole steps of Newton's method would go round in circles for ever."""
     random = np.random.default_rng(0)
-    for _ in range(60):
-        x, labels = 10 * random.normal(size=(16, 2)), random.integers(0, 3, 16)
-        head = LastLayer.fit(x, np.eye(3)[labels], 0.1, start=8 * random.normal(size=(3, 3)))
-        assert np.abs(head.wrong.T @ head.features + 0.1 * head.weights).max() < 1e-8
+    x, labels = 3 * random.normal(size=(22, 2)), random.integers(0, 3, 22)
+    head = LastLayer.fit(x, np.eye(3)[labels], 0.5, start=random.normal(size=(3, 3)))
+    assert np.abs(head.wrong.T @ head.features + 0.5 * head.weights).max() < 1e-8
 
 
 def test_counts_are_how_often_a_case_is_there():
@@ -563,6 +562,16 @@ def test_a_binary_network_has_one_score(tmp_path: Path) -> None:
     ill, well = (by_uid(ask(model, library, target, count=24)) for target in ("ill", "not ill"))
     assert len(ill) == 24
     assert all(well[uid] == pytest.approx(-influence, abs=1e-9) for uid, influence in ill.items())
+    cases, query = known_features(model, scans(24, 0)), known_features(model, scans(1, 5))
+    x, q = (np.c_[(one - cases.mean(0)) / cases.std(0), np.ones(len(one))] for one in (cases, query))
+    # Two columns of weights share what the one of scikit-learn holds.
+    odds = [
+        LogisticRegression(C=2 / (24 * teaching.DAMPING), fit_intercept=False, tol=1e-10, max_iter=1000)
+        .fit(x[keep], np.arange(24)[keep] % 2)
+        .decision_function(q)[0]
+        for keep in (np.arange(24) != 24, np.arange(24) != 3)
+    ]
+    assert ill["case 03"] == pytest.approx(odds[0] - odds[1], rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -603,9 +612,10 @@ def test_suspects_of_a_library(tmp_path: Path, model: mx.Model) -> None:
     wrong = {4: "none", 17: "benign", 30: "malignant"}
     for i, label in wrong.items():
         labels[i] = label
-    library = library_of(tmp_path, model, [*labels, ""])
+    labels[0] = ""
+    library = library_of(tmp_path, model, labels)
     found = teaching.suspects(library)
-    assert len(found) == 36
+    assert len(found) == 35
     scores = {int(record.uid[-2:]): score for record, score in found}
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     there = np.array([i in wrong for i in scores])

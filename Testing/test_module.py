@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 slicer = pytest.importorskip("slicer")
 
@@ -479,7 +479,7 @@ def test_pictures(host, module, scan, library, pictures):
     def picture(panel, name):
         module.ui.panelsTabWidget.setCurrentIndex(module.panels.index(panel) if panel in module.panels else 0)
         host.process()
-        host.picture(panel.widget, pictures / f"panel-{name}.png")
+        trim(host.picture(panel.widget, pictures / f"panel-{name}.png"))
 
     panel, (result, words, cases, variants, trust) = module.explainPanel, module.panels
     press(panel.ui.predictButton)
@@ -545,22 +545,30 @@ def test_pictures(host, module, scan, library, pictures):
     layouts.leave()
     volume, told = small_explanations.variants()
     computed = slicer.util.addVolumeFromArray(volume.data[0].numpy(), volume.affine[:, [2, 1, 0, 3]], "Computed nodule")
-    computed.CreateDefaultDisplayNodes()
-    computed.GetDisplayNode().AutoWindowLevelOff()
-    computed.GetDisplayNode().SetWindowLevelMinMax(-1350, 150)
     (node,) = mrml.addAnswers(computed, [answers.of(told)])
     panel.parameterNode.explanation = node
     variants.ui.cohortButton.collapsed = False
     picture(variants, "variants")
-    layouts.showVariants(node)
+    variants.ui.cohortButton.collapsed = True
+    lung_nodule, along = path("Models/lung_nodule"), {"along": "diameter"}
+    node = module.logic.explain(scan, lung_nodule, "latent", "malignant", along, region=NODULE)
+    panel.parameterNode.explanation = node
+    press(variants.ui.showBesideButton)
     host.process()
     window(host, pictures / "slicer-variants.png")
-    variants.ui.cohortButton.collapsed = True
     layouts.leave()
     (node,) = mrml.addAnswers(computed, [answers.of(small_explanations.rules())])
     panel.parameterNode.explanation = node
     picture(words, "rules")
     module.ui.explainCollapsibleButton.collapsed = False
+
+
+def trim(file):
+    """Cut what is empty below a panel, which is as high as the highest of them."""
+    image = Image.open(file).convert("RGB")
+    background = Image.new("RGB", image.size, image.getpixel((image.width - 1, image.height - 1)))
+    *_, bottom = ImageChops.difference(image, background).getbbox()
+    image.crop((0, 0, image.width, min(bottom + 12, image.height))).save(file, optimize=True)
 
 
 def window(host, file):

@@ -221,10 +221,10 @@ def test_what_the_method_says_of_them_is_above_the_cards(panel, scan, answer):
 
 
 ROLES = [
-    {"role": "harmful", "similarity": -0.5, "numbers": {"diameter_mm": 9.0}},
+    {"role": "harmful", "similarity": -0.5, "numbers": {"diameter_mm": 8.996}},
     {"role": "alike", "similarity": 0.5, "numbers": {"diameter_mm": 12.34, "points": 2.0, "third": 3.0}},
     {"role": "mistaken", "similarity": 0.8, "note": "It says benign, the label is <malignant>."},
-    {"role": "alike", "similarity": 0.9, "numbers": {"diameter_mm": 20.0}},
+    {"role": "alike", "similarity": 0.9, "numbers": {"diameter_mm": 20.004}},
     {"role": "harmful", "similarity": -2.5},
     {"role": "unlike", "similarity": 123.0},
 ]
@@ -298,7 +298,7 @@ def test_cases_are_filtered_by_role_label_and_number(host, panel, of_roles, answ
     choose(ui.labelSelector, "Any label")
     assert ui.numberRangeWidget.isHidden()
     choose(ui.numberSelector, "diameter mm")
-    assert (ui.numberRangeWidget.minimum, ui.numberRangeWidget.maximum) == (9.0, 20.0)
+    assert (ui.numberRangeWidget.minimum, ui.numberRangeWidget.maximum) == (8.99, 20.01)
     seen = [i for i, card in zip(panel._indices, cards(panel), strict=True) if i is not None and not card.isHidden()]
     assert seen == [3, 1, 0]
     ui.numberRangeWidget.setValues(10, 13)

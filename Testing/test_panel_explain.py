@@ -12,7 +12,7 @@ slicer = pytest.importorskip("slicer")
 
 import slicer_host  # noqa: E402
 import slicer_scene  # noqa: E402
-from slicer_host import qt  # noqa: E402
+from slicer_host import ctk, qt  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
 from MedXAILib.description import describe  # noqa: E402
@@ -452,6 +452,7 @@ def test_folder_that_was_used_is_offered_again(host, module, scan, monkeypatch, 
         monkeypatch.setitem(module.logic.methods, method, with_library)
     choose(panel.ui.methodSelector, "occlusion")
     (browse,) = panel.whereForm.widget.findChildren(qt.QToolButton)
+    assert browse.parent().filters == ctk.ctkPathLineEdit.Dirs
     host.files.append(str(tmp_path))
     browse.click()
     assert panel._changedParameters() == {"library": str(tmp_path)} and "library" not in panel.form.values()

@@ -207,11 +207,15 @@ def projected() -> tuple[PrototypeLungNodule, PrototypeLungNodule, prototypes.Ta
     torch.manual_seed(2)
     of = [0, 0, 1, 1, 1, 2, 2, 2]
     network = PrototypeLungNodule(3, [{"of": index} for index in of], size=24)
-    network(torch.rand(6, 1, 24, 24, 24))
+    known = taught()
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(25):
+        optimiser.zero_grad()
+        prototypes.loss(network, known).backward()
+        optimiser.step()
     network.eval()
     before = PrototypeLungNodule(3, [{"of": index} for index in of], size=24).eval()
     before.load_state_dict(network.state_dict())
-    known = taught()
     halves = (
         prototypes.Taught(known.images[part], known.labels[part], known.origins[part.start : part.stop])
         for part in (slice(0, 10), slice(10, 24))
@@ -237,6 +241,12 @@ def test_prototypes_become_the_nearest_patch_of_their_class() -> None:
     with torch.no_grad():
         own = after.looked(after.cases()).similarities.diagonal()
     assert torch.allclose(own, torch.ones(len(own)), atol=1e-5)
+    weights, kept = after.class_head.weight.detach(), after.class_head.of
+    with torch.no_grad():
+        settled = prototypes._settled(after.looked(grey / 255).similarities, known.labels, kept, len(kept))
+    assert torch.allclose(weights, settled, atol=1e-3) and len(weights) < 8 and float(weights.min()) > 0
+    for index in range(3):
+        assert (weights[kept == index].sort(descending=True).values[1:] >= prototypes._LEAST).all()
     uids = [origin.uid for origin in after.origins]
     assert len(set(uids)) == len(uids) and {origin.of for origin in after.origins} == {0, 1, 2}
 

@@ -21,7 +21,10 @@ import MedXAILib as mx
 from MedXAILib.cases.filters import conditions
 from MedXAILib.cases.nearest import Usual, late_interaction, usual
 from MedXAILib.cases.record import SCAN, Record
+from MedXAILib.cases.shown import part
 from MedXAILib.cases.spaces import SPACES, Plain, Saliency, contributions, fingerprint, said
+from MedXAILib.grid import corners, transform
+from MedXAILib.model import Prepared
 from MedXAILib.resources import path
 from MedXAILib.trust import telling
 
@@ -258,6 +261,8 @@ def test_conditions_are_ranges_numbers_and_names() -> None:
     for wrong in ("a", "=1", "a=", "a=..", "label=1..2", "a=1..2..3"):
         with pytest.raises(mx.MedXAIError, match="is no filter"):
             conditions([wrong])
+    with pytest.raises(mx.MedXAIError, match="is no filter"):
+        conditions(["a=1", "a=1..2"])
 
 
 def test_none_is_shown_when_none_is_near(made: mx.Model, tmp_path: Path) -> None:
@@ -346,6 +351,21 @@ def test_saved_and_loaded_it_is_the_same(made: mx.Model, tmp_path: Path) -> None
         assert torch.equal(one.map, other.map) and torch.equal(one.query_map, other.query_map)  # type: ignore[arg-type]
 
 
+def test_the_part_that_is_shown_is_that_part_of_the_scan(oblique: mx.Volume) -> None:
+    """Voxel by voxel, in their places; and all that the network sees, from the upright grid of another spacing."""
+    onto = np.diag([1.5, 1.5, 1.5, 1.0])
+    onto[:3, 3] = oblique.to_point((9.0, 16.0, 14.0)) - 1.5 * 4
+    shown = part(oblique, Prepared(torch.zeros(1, 9, 9, 9), onto))
+    there = np.argwhere(np.ones(shown.shape))
+    assert shown.data.shape < oblique.data.shape and 0 < len(there) < oblique.data.numel() / 4
+    at = np.array([oblique.to_index(shown.to_point(index)) for index in there])
+    d, h, w = np.round(at).astype(int).T
+    np.testing.assert_allclose(at, np.stack([d, h, w], 1), atol=1e-6)
+    assert torch.equal(shown.data[0].flatten(), oblique.data[0, d, h, w])
+    ends = np.array([shown.to_index(transform(onto, corner)) for corner in corners((9, 9, 9))])
+    assert (ends > -1).all() and (ends < np.array(shown.shape)).all()
+
+
 def test_a_scan_that_is_gone_or_another_is_said(made: mx.Model, tmp_path: Path) -> None:
     library = stored(tmp_path, made)
     (tmp_path / "library" / "a.nrrd").unlink()
@@ -392,6 +412,21 @@ def test_a_network_that_has_forgotten_finds_others(tmp_path: Path) -> None:
     assert judged.light is not None and judged.values["likeness"] < 0.8
     empty = ask(made, library, scan(0, 0, 0.001), where="site=nowhere")
     assert telling.judge(empty, made, scan(0, 0, 0.001)).light is None
+
+
+def test_among_a_few_cases_any_network_is_asked(made: mx.Model, tmp_path: Path) -> None:
+    """It embeds them itself: here one that reads the first number as the third, and says what it makes of that."""
+    library, other = stored(tmp_path, made), model()
+    with torch.no_grad():
+        other.network.found.weight.copy_(made.network.found.weight[[2, 1, 0]])  # type: ignore[operator, union-attr, index]
+        other.network.head.weight.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 2.4, 0.0]]))  # type: ignore[operator, union-attr]
+    found = ask(other, library, scan(4, 1.6, 0), among="a, b, c, d", patient="patient d", maps=False)
+    # It says smooth where the first number is more than 2.4 times the second.
+    assert (uids(found, "alike"), uids(found, "unlike")) == (["a"], ["b", "c"])
+    for case in found.cases:
+        assert case.similarity == pytest.approx(cosine((4, 1.6), CASES[case.uid][0][:2]), abs=1e-6)
+    with pytest.raises(mx.MedXAIError, match="give uids of it"):
+        ask(other, library, scan(4, 1.6, 0), among="x")
 
 
 def type_of(found: mx.SimilarCases) -> Any:

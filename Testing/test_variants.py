@@ -75,7 +75,7 @@ def rule_set() -> mx.RuleSet:
     over = mx.Condition("diameter_mm", ">", 12.3, "mm")
     spiky = mx.Condition("spiculation", ">", 0.5)
     found = (
-        mx.Rule((over, spiky), "malignant", 0.31, 0.94, 62, None, (0.9, 0.97), 0.8, True),
+        mx.Rule((over, spiky), "malignant <i>", 0.31, 0.94, 62, None, (0.9, 0.97), 0.8, True),
         mx.Rule((), "benign <b>", 0.69, 0.5, 138),
         mx.Rule((over,), "malignant", 0.4, 1.0, 8, scope="case"),
     )

@@ -186,6 +186,8 @@ def test_cases_are_in_their_own_place(app):
     (query,) = results.maps(node)
     np.testing.assert_array_equal(slicer.util.arrayFromVolume(query), similar.query_map[0])
     np.testing.assert_allclose(geometry.ijkToWorld(query), geometry.ijkToWorld(scan))
+    # Its colours end at its peak: most of what is alike is above the 99th percentile of a map.
+    assert query.GetDisplayNode().GetWindowLevelMax() == similar.query_map.max()
 
 
 def test_case_moves_with_its_transform(app):

@@ -333,7 +333,117 @@ def main() -> None:
 
 def page(found: Mapping[str, Any]) -> str:
     """docs/influence.md."""
-    return ""
+    left, flips, groups = found["left out"], found["flipped"], found["groups"]
+    halved = ["| | last layer learnt anew | network trained from scratch |", "|---|---:|---:|"]
+    last, network = found["halves, last layer"], found["halves, network"]
+    renamed = {"last layer, 1": "last layer"}
+    names = list(dict.fromkeys([*last, *(renamed.get(name, name) for name in network)]))
+    whole = {renamed.get(name, name): score for name, score in network.items()}
+    halved += [f"| {name} | {_interval(last.get(name))} | {_interval(whole.get(name))} |" for name in names]
+    curves = [f"| without | {' | '.join(f'{share:.0%}' for share in SHARES)} |", f"|---|{'---:|' * len(SHARES)}"]
+    curves += [
+        f"| {name} | {' | '.join(f'{logit:+.2f}' for logit in curve)} |" for name, curve in found["removed"].items()
+    ]
+    held = dict.fromkeys(group["what"] for group in groups)
+    table = [f"| cases | {' | '.join(CLASSES)} |", f"|---|{'---:|' * len(CLASSES)}"]
+    for what in held:
+        cells = {
+            group["label"]: f"{1000 * group['mean']:+.1f} ({group['count']})"
+            for group in groups
+            if group["what"] == what
+        }
+        table.append(f"| {what or 'all'} | {' | '.join(cells.get(name, '') for name in CLASSES)} |")
+    values = {
+        f"{name}_{kind}".replace(" ", "_"): value
+        for name in ("newton", "first order")
+        for kind, value in left[name].items()
+    }
+    return PAGE_TEXT.format(
+        taught=TAUGHT[0],
+        asked=ASKED[0],
+        left=LEFT_OUT,
+        halves=HALVES,
+        seeds=SEEDS,
+        networks=NETWORKS,
+        flipped=FLIPPED,
+        accuracy=left["accuracy"],
+        halved="\n".join(halved),
+        curves="\n".join(curves),
+        groups="\n".join(table),
+        flips="; ".join(f"{name} {np.mean(auc):.3f} ({min(auc):.3f} at least)" for name, auc in flips.items()),
+        **values,
+    )
+
+
+def _interval(score: Mapping[str, float] | None) -> str:
+    return "" if score is None else f"{score['mean']:.2f} ({score['low']:.2f} to {score['high']:.2f})"
+
+
+PAGE_TEXT = """\
+# Influence: what the network learnt it from
+
+"Because of which training cases does it say malignant?" `influence` names the cases of a [library](../README.md) that
+speak for what the network says of a scan (*helpful*) and those that speak against it (*harmful*). The influence of a
+case on a score is by how much the score would be lower, had the network not learnt from that case.
+
+```bash
+medxai cases build nodules.csv --model lung_nodule --out nodules         # the cases that the network learnt from
+medxai explain lung_nodule scan.nrrd --method influence --target malignant --region 21.9,120.5,-611.5 \\
+    --set library=nodules
+medxai cases suspects nodules                                            # the cases that may be labelled wrongly
+```
+
+- **`by=last layer`** (the default): a last layer is learnt anew from the library, on what the layers below found. Its
+  optimum and its Hessian are known, so that an influence is exact but for one step of Newton's method without the case.
+  The text says how often the new layer says what the network says; where that is less than 90 %, it is another layer.
+- **`by=tracin`**: what one step of training on each case would do to the score, at the network's weights or at the
+  `checkpoints` of its training (files of weights, safetensors or PyTorch). Every layer counts, 3-D convolutions too.
+- **`by=trak`**: as if the whole network were linear in its weights around those. The mean over `checkpoints` of several
+  trainings is far better than one.
+
+Gradients are projected to 512 numbers and kept in the library, in the space `gradient`, where they are searched.
+
+## Pitfalls
+
+- **The library has to be what the network learnt from.** The demonstration library is not: there the last layer is
+  learnt from the library, and TracIn and TRAK say what further training on it would do.
+- **It is about training, not about likeness.** A harmful case may look just like the scan, with another label.
+- **Not what the cases have in common.** See the groups below, or `influence_by_group`, for that.
+
+## Measured
+
+`python -m benchmarks.influence`: {taught} patches of one patient are learnt from, and {asked} of another are asked
+about, on features of the shipped `lung_nodule`; the last layer learnt anew is right about {accuracy:.0%} of those.
+
+**Without a case.** Learning again without each of {left} cases, the scores of the predicted class change as the
+influences say: Pearson {newton_pearson:.4f} (mean over patches; {newton_pearson_lowest:.4f} at least), Spearman
+{newton_spearman:.4f}. To first order, as is usual: Pearson {first_order_pearson:.4f}
+({first_order_pearson_lowest:.4f} at least).
+
+**From half of the cases.** Linear datamodelling score: the rank correlation of summed influences with what is said
+after learning from each of {halves} random halves (mean over patches, 95 % interval by bootstrap). The network from
+scratch is a 3-D convolution and a last layer, on the features of the shipped network's second block; of each half it is
+trained {seeds} times. A number after a name is that of the trainings over which influences are averaged.
+
+{halved}
+
+The last layer is ahead of the neighbours, and TRAK is with several trainings; TracIn is not. All of them are estimates
+of a network that learns from scratch, and what its trainings have by chance none of them knows.
+
+**Without the most helpful.** The score of the predicted class, mean over patches, after learning without these shares
+of the cases, the most helpful first:
+
+{curves}
+
+**Wrong labels.** {flipped:.0%} of the labels were changed at random, five times. Area under the ROC curve for finding
+them: {flips}.
+To find wrong labels it is enough to count the nearest cases with another label.
+
+**By attribute.** Mean influence of a case on the logit of "malignant", times 1000, over all nodules that are asked
+about, and the number of cases:
+
+{groups}
+"""
 
 
 if __name__ == "__main__":

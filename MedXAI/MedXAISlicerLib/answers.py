@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from MedXAILib.hotspots import find
 from MedXAISlicerLib import display
 
 
@@ -58,6 +57,8 @@ class Answer:
     @cached_property
     def hotSpots(self):
         """The hot spots of a saliency map."""
+        from MedXAILib.hotspots import find
+
         return find(self.map)
 
 

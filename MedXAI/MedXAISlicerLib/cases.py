@@ -37,7 +37,7 @@ def addingCases(volumeNode, answer):
     said = answer.manifest
     columns = {"Case": "uid", "Label": "label", said["scored"].capitalize(): "similarity", "Role": "role"}
     tableNode = results.addTable(
-        results.safeName(f"{volumeNode.GetName()} {answer.provenance.get('title') or 'similar cases'}"),
+        results.safeName(f"{volumeNode.GetName()} {(answer.provenance.get('title') or 'similar cases').lower()}"),
         {title: [case[name] for case in said["cases"]] for title, name in columns.items()},
     )
     results.describe(tableNode, answer)

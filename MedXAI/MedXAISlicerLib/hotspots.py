@@ -5,7 +5,6 @@ import slicer
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk
 
-from MedXAILib.hotspots import find
 from MedXAISlicerLib import geometry, results
 
 # From the largest to the smallest; unlike the colours of maps, so that the outlines are seen on them.
@@ -20,7 +19,10 @@ _COLUMNS = ("Volume (mL)", "Mean", "Maximum", "Threshold")
 
 def addHotSpots(mapNode, found=None):
     """Add a segmentation of the hot spots, on the grid and under the transform of the map, and a table about them."""
-    found = find(slicer.util.arrayFromVolume(mapNode)) if found is None else found
+    if found is None:
+        from MedXAILib.hotspots import find
+
+        found = find(slicer.util.arrayFromVolume(mapNode))
     segmentationNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"{mapNode.GetName()} hot spots")
     # Before the geometry: this is kept below the transform, and a loaded segmentation is resampled to it.
     segmentationNode.SetAndObserveTransformNodeID(mapNode.GetTransformNodeID())

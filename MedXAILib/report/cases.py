@@ -59,15 +59,18 @@ def _card(volume: Volume, told: SimilarCases, case: Case, focus: Sequence[float]
     shown = [look.draw(volume, _through(focus, _peak(volume, seen)), seen)]
     if case.volume is not None:
         shown.append(look.draw(case.volume, _through(_middle(case.volume), case.place), case.map))
-    rows = [(told.scored, case.similarity), *case.numbers.items()]
-    cells = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th><td class=number>{value:.3g}</td></tr>" for name, value in rows
-    )
     note = f"<p>{escape(case.note)}</p>" if case.note else ""
+    seen_in = f"the scan and the case {case.uid}"
+    known = f"{told.scored} {case.similarity:.3f}; {numbers(case)}".removesuffix("; ")
     return (
-        f"<div class=case>{image(_beside(shown), f'the scan and the case {case.uid}')}<h3>{escape(case.label)}</h3>"
-        f"<p class=lead>{escape(case.uid)}</p>{note}<table>{cells}</table></div>"
+        f"<div class=case>{image(_beside(shown), seen_in)}<h3>{escape(case.label)}</h3>"
+        f"<p class=lead>{escape(case.uid)}</p>{note}<p class=numbers>{escape(known)}</p></div>"
     )
+
+
+def numbers(case: Case) -> str:
+    """What is known of a case in numbers, in a line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in case.numbers.items())
 
 
 def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:
@@ -109,5 +112,5 @@ def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
 _STYLE = """
 .cases { display: flex; flex-wrap: wrap; gap: 1.25rem; } .case { width: 484px; max-width: 100%; }
 .case h3 { margin: .4rem 0 0; font-size: 1.05rem; } .case p { margin: .2rem 0; }
-.case table { font-size: .85rem; }
+.numbers { font-size: .85rem; color: var(--faint); }
 """

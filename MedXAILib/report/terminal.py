@@ -11,7 +11,7 @@ from MedXAILib.caption import Caption
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.explanation import Explanation
 from MedXAILib.plain_text import plain
-from MedXAILib.report.cases import TITLES
+from MedXAILib.report.cases import TITLES, numbers
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
 from MedXAILib.traversal import Traversal
@@ -24,7 +24,7 @@ def told(found: Explanation) -> Iterator[str | Table]:
     if isinstance(found, ConceptScores):
         yield _concepts(found)
     elif isinstance(found, SimilarCases):
-        yield _cases(found)
+        yield from _cases(found)
     elif isinstance(found, Traversal):
         yield _steps(found)
     elif isinstance(found, RuleSet):
@@ -45,16 +45,15 @@ def _concepts(found: ConceptScores) -> Table:
     return table
 
 
-def _cases(found: SimilarCases) -> Table:
-    names = list(dict.fromkeys(name for case in found.cases for name in case.numbers))
-    table = _table("why shown", "case", "label", found.scored, *(name.replace("_", " ") for name in names))
-    last = None
-    for case in sorted(found.cases, key=lambda case: list(TITLES).index(case.role)):
-        why = "" if case.role == last else TITLES[case.role]
-        numbers = (_number(case.numbers.get(name)) for name in names)
-        _row(table, why, case.uid, case.label, f"{case.similarity:.3f}", *numbers)
-        last = case.role
-    return table
+def _cases(found: SimilarCases) -> Iterator[str | Table]:
+    for role, title in TITLES.items():
+        cases = [case for case in found.cases if case.role == role]
+        if cases:
+            yield title
+            table = _table("case", "label", found.scored, "what is known of it")
+            for case in cases:
+                _row(table, case.uid, case.label, f"{case.similarity:.3f}", numbers(case))
+            yield table
 
 
 def _steps(found: Traversal) -> Table:

@@ -42,6 +42,7 @@ _RARE = 0.99
 _BINS = 5
 _ASKED = 4
 """Of so many patches one nodule is walked in the test."""
+_WALKED = ("", "_within", "_agreed", "_moved_hu", "_grown_mm", *(f"_{name}" for name in NAMED[1:]))
 _REACH, _STEPS = 4.0, 9
 _HU = HU_RANGE[1] - HU_RANGE[0]
 
@@ -229,9 +230,9 @@ def traversed(network: Autoencoder, patches: Nodules) -> dict[str, float]:
         found = sizes(network, images, at) if "diameter" in network.names else {}
     for kind, other in (("benign", "malignant"), ("malignant", "benign")):
         rows = said == CLASSES.index(kind)
-        if bool(rows.any()):
-            walked = _walked(network, images[rows], at[rows], judges, CLASSES.index(other))
-            found |= {f"to_{other}{name}": float(value.float().mean()) for name, value in walked.items()}
+        # Of a few patches none may be of that kind.
+        walked = _walked(network, images[rows], at[rows], judges, CLASSES.index(other)) if bool(rows.any()) else {}
+        found |= {f"to_{other}{name}": float(walked[name].float().mean()) if walked else math.nan for name in _WALKED}
     return found
 
 
@@ -368,13 +369,16 @@ patient.**
 
 A variational autoencoder (Kingma and Welling 2014) of the middle 40 mm of what `lung_nodule` sees. Its encoder looks
 through the layers of `lung_nodule` below the heads, which were not trained further; codes with a name were made to
-order nodules as the attribute does (Pati and Lerch 2021). {kind}
+order nodules as the attribute does (Pati and Lerch 2021).
+
+{kind}
 
 ## Trained on
-{begins} 1,200 computed nodules and pieces of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of
-pyradiomics 3.0.1, BSD 3-Clause), with the nodule up to 2 voxels from the middle, flipped and turned at random. The loss
-is the evidence lower bound with normal errors, 600 observations to an image because neighbouring voxels say much the
-same. What is like the training, and what is not, was settled on 300 other patches of the same scan.
+{begins} 1,200 computed nodules and pieces
+of healthy lung, in one chest CT (`chest_ct_mass.nrrd`, scan lung2 of pyradiomics 3.0.1, BSD 3-Clause), with the nodule
+up to 2 voxels from the middle, flipped and turned at random. The loss is the evidence lower bound with normal errors,
+600 observations to an image because neighbouring voxels say much the same. What is like the training, and what is not,
+was settled on 300 other patches of the same scan.
 `medxai train {recipe}` makes this bundle again ({seconds:.0f} s when this one was made, on a busy machine).
 
 ## Measured
@@ -437,15 +441,15 @@ Output: the same as drawn from its codes. `encode`, `decode`, `changed`, `distan
 
 _PLAIN = {
     "title": "Nodules from codes",
-    "kind": "`lung_nodule_tc_vae` is the same with codes that are to tell little of one another.",
+    "kind": "`lung_nodule_tc_vae` is the same with codes that tell less of one another.",
     "begins": "On",
     "recipe": "lung-nodule-vae",
 }
 _FACTORS = {
     "title": "Nodules from codes that tell little of one another",
-    "kind": "What the codes tell of one another, their total correlation, is charged six times instead of once (Chen "
+    "kind": "What the codes tell of one another, their total correlation, is charged six times instead of once (Chen\n"
     "et al. 2018, Sarhan et al. 2019).",
-    "begins": "It began with the weights of `lung_nodule_vae`. On",
+    "begins": "It began with the weights of `lung_nodule_vae` and went on for 200 steps. On",
     "recipe": "lung-nodule-tc-vae",
 }
 
