@@ -20,6 +20,7 @@ slicer_host = pytest.importorskip("slicer_host")
 import plain_map  # noqa: E402
 import slicer  # noqa: E402
 from conftest import oblique_affine  # noqa: E402
+from dicom_series import write_series  # noqa: E402
 from slicer_host import qt  # noqa: E402
 
 import MedXAILib as mx  # noqa: E402
@@ -170,6 +171,26 @@ def test_a_whole_study_is_read(panel, make):
     assert [(r.case, r.answer, r.confidence, (r.x, r.y, r.z)) for r in found] == [
         (t.case.uid, a, c, (1, 2, 3)) for t, a, c in zip(expected[1:], ("malignant", "benign"), (20, 30), strict=True)
     ]
+
+
+def test_a_scan_may_be_a_dicom_folder(panel, make):
+    design = make(["none"])
+    data = torch.arange(9 * 14 * 11).reshape(1, 9, 14, 11).float()
+    for i in range(2):
+        (design.parent / f"secret-{i}.nrrd").unlink()
+        write_series(mx.Volume(data, oblique_affine()), design.parent / f"secret-{i}.nrrd")
+    begin(panel, design)
+    expected = mx.load_volume(design.parent / "secret-0.nrrd")
+    assert np.array_equal(slicer.util.arrayFromVolume(panel.sitting.scan), expected.data[0].numpy())
+    assert np.allclose(geometry.affine(panel.sitting.scan), expected.affine)
+    panel.ui.stopButton.click()
+    # Of two series nobody knows which one it is.
+    for folder in design.parent.glob("secret-*.nrrd"):
+        for file in folder.iterdir():
+            file.rename(file.with_suffix(".first"))
+        write_series(mx.Volume(data, oblique_affine()), folder)
+    begin(panel, design)
+    assert "holds 2 DICOM series" in events(design)[-1]["why"]
 
 
 def test_nothing_is_kept_before_everything_is_answered(panel, make):

@@ -88,12 +88,11 @@ class Sitting:
         return trial
 
     def _load(self, trial):
-        import MedXAILib as mx
         from MedXAILib.study.design import parts
 
-        volume = mx.load_volume(trial.case.volume)
+        array, affine = _read(trial.case.volume)
         # Without a file, whose name may tell what it is.
-        self.scan = slicer.util.addVolumeFromArray(volume.data[0].numpy(), volume.affine[:, [2, 1, 0, 3]], "Scan")
+        self.scan = slicer.util.addVolumeFromArray(array, affine[:, [2, 1, 0, 3]], "Scan")
         self.scan.CreateDefaultDisplayNodes()
         slicer.util.setSliceViewerLayers(background=self.scan)
         # Whatever explanation there was before goes out of sight.
@@ -194,6 +193,26 @@ class Sitting:
     def _showPoint(self, shown):
         if self.point is not None and self.point.GetScene() is not None:
             self.point.SetDisplayVisibility(shown)
+
+
+def _read(path):
+    """The first channel of a scan, a file or a folder of one DICOM series, and its affine from (d, h, w) to RAS mm.
+
+    Raises:
+        MedXAIError: for a folder of no or several series; RuntimeError where a file cannot be read.
+    """
+    import SimpleITK as sitk
+
+    from MedXAILib.errors import MedXAIError
+
+    files = str(path)
+    if path.is_dir():
+        count = len(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
+        if count != 1:
+            raise MedXAIError(f"'{path}' holds {count} DICOM series: give a folder of one.")
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))
+    array, affine = answers.arrayOf(sitk.ReadImage(files))
+    return (array if array.ndim == 3 else array[..., 0]), affine
 
 
 def _blinded(part, answer, scan):
