@@ -210,8 +210,12 @@ def test_nothing_is_kept_before_everything_is_answered(panel, make):
     panel.sitting.point.AddControlPoint(4, 5, 6)
     assert ui.nextButton.enabled
     assert ui.placeLabel.text == "R 4, A 5, S 6 mm"
+    # Another place.
+    ui.whereButton.click()
+    assert (ui.placeLabel.text, ui.nextButton.enabled) == ("Not shown yet", False)
+    panel.sitting.point.AddControlPoint(7, 8, 9)
     ui.nextButton.click()
-    assert events(design)[-2]["point"] == [4, 5, 6]
+    assert events(design)[-2]["point"] == [7, 8, 9]
     # The next one begins with nothing.
     assert not ui.nextButton.enabled
     assert not any(button.checked for button in panel._buttons.values())

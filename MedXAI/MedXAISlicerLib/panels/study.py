@@ -166,6 +166,7 @@ class StudyPanel(Panel):
         if node is not self._pointObserved:
             self._pointObserved = node
             self.addObserver(node, node.PointPositionDefinedEvent, self._refresh)
+        self._refresh()
 
     def _refresh(self, *_event):
         """Let the reader go on once everything is answered, and say what is not."""
