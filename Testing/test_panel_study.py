@@ -220,6 +220,8 @@ def test_nothing_is_kept_before_everything_is_answered(panel, make):
     assert not ui.nextButton.enabled
     assert not any(button.checked for button in panel._buttons.values())
     assert (ui.confidenceSlider.value, panel.sitting.place, ui.placeLabel.text) == (0, None, "Not shown yet")
+    panel._buttons["benign"].click()
+    assert ui.nextButton.toolTip == "First move the slider to say how sure you are."
 
 
 @pytest.mark.parametrize("arm", ["none", "ai", "map", "placebo", "ai+map", "ai+placebo"])
@@ -474,8 +476,11 @@ def test_no_study_is_opened_of_what_is_none(panel, tmp_path):
 
 def test_it_stays_out_of_the_way(host):
     module = host.open("MedXAI")
+    host.until(lambda: module.logic.methods)
+    assert module.studyPanel.widget in module.ui.studyCollapsibleButton.findChildren(qt.QWidget)
     assert module.ui.studyCollapsibleButton.collapsed
     assert module.studyPanel._views == {}
+    host.close()
 
 
 def test_picture(host, panel, make, tmp_path):
