@@ -38,7 +38,7 @@ def load_model(source: Source, trust: bool = False, **known: Any) -> Model:
     if callable(source):
         return _made(source(), f"{source.__module__}:{source.__qualname__}", known)
     path = Path(source)
-    if not path.exists() and _ENTRY_POINT.fullmatch(str(source)):
+    if is_code(str(source)):
         return _from_code(str(source), known)
     if not path.exists():
         raise MedXAIError(
@@ -49,6 +49,11 @@ def load_model(source: Source, trust: bool = False, **known: Any) -> Model:
     if path.is_dir():
         raise MedXAIError(f"'{path}' is no MONAI bundle: it has no configs/metadata.json.")
     return _from_torchscript(path, trust, known)
+
+
+def is_code(source: str) -> bool:
+    """Whether this is 'package.module:function', which runs when it is loaded, and no path."""
+    return bool(_ENTRY_POINT.fullmatch(source)) and not Path(source).exists()
 
 
 def _made(made: Any, source: str, known: dict[str, Any]) -> Model:

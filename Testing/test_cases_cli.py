@@ -19,7 +19,7 @@ from MedXAILib import cli, resources
 from MedXAILib.cases import building, demo
 from MedXAILib.cases.building import build, thumbnail
 from MedXAILib.cases.demo import demo_library
-from MedXAILib.cases.library import Library
+from MedXAILib.cases.library import Embedder, Library
 from MedXAILib.cases.spaces import SPACES
 from MedXAILib.errors import Cancelled, MedXAIError
 from MedXAILib.model import Prepared
@@ -195,6 +195,20 @@ def test_what_cannot_be_a_library_is_said(here: Path):
     assert (failed.exit_code, "no library of cases" in failed.output) == (1, True)
 
 
+def test_every_row_is_a_case_of_its_own(here: Path):
+    Path("twice.csv").write_text("volume,label\nb.nrrd,healthy\nsmith-1.nrrd,healthy\nb.nrrd,[red]tumour\n")
+    with pytest.raises(MedXAIError, match=r"Row 4 .* column 'uid': this is the case of row 2 again"):
+        build(whole_network(), "twice.csv", "twice", Run())
+    assert not Path("twice").exists()
+
+
+def test_the_network_of_a_library_is_found_from_anywhere(here: Path):
+    model = whole_network()
+    model.source = "b.nrrd"
+    Path("one.csv").write_text("volume\nb.nrrd\n", encoding="utf-8")
+    assert build(model, "one.csv", "one", Run()).embedder.model == str(here / "b.nrrd")
+
+
 def test_scans_of_several_sizes_and_one_that_cannot_be_embedded(here: Path):
     model = whole_network()
     big = torch.zeros(1, 1, 10, 10, 10)
@@ -213,7 +227,7 @@ def test_scans_of_several_sizes_and_one_that_cannot_be_embedded(here: Path):
 def test_search_on_the_command_line(here: Path):
     medxai("cases", "build", "table.csv", "--model", MODEL, "--out", "library", "--keep-identifiers")
     place = ",".join(str(v) for v in load_volume("b.nrrd").to_point(POINTS["middle"]))
-    found = medxai("cases", "search", "library", "b.nrrd", "--region", place)
+    found = medxai("cases", "search", "library", "b.nrrd", "--region", place, "--trust")
     assert found.exit_code == 0, found.output
     lines = [line.split() for line in found.output.splitlines() if ".nrrd" in line]
     assert len(lines) == 3
@@ -229,7 +243,7 @@ def test_search_on_the_command_line(here: Path):
         (["--not-patient", "smith"], ["b.nrrd"]),
         (["--count", "1"], ["b.nrrd"]),
     ):
-        found = medxai("cases", "search", "library", "b.nrrd", "--region", place, *words)
+        found = medxai("cases", "search", "library", "b.nrrd", "--region", place, "--trust", *words)
         assert sorted(line.split()[0] for line in found.output.splitlines() if ".nrrd" in line) == names, words
     wrong = medxai("cases", "search", "library", "b.nrrd", "--region", place, "--space", "plan")
     assert (wrong.exit_code, "did you mean plain" in wrong.output) == (1, True)
@@ -244,12 +258,25 @@ def test_remove_check_and_add_on_the_command_line(here: Path):
     uid = next(uid for uid in Library.open("library").uids() if uid.startswith("b.nrrd"))
     removed = medxai("cases", "remove", "library", uid, "nobody")
     assert (removed.exit_code, "1 of 2 removed; 2 cases are left" in removed.output) == (1, True)
-    added = medxai("cases", "add", "library", "table.csv", "--keep-identifiers")
+    added = medxai("cases", "add", "library", "table.csv", "--keep-identifiers", "--trust")
     assert "has 3 cases" in added.output, added.output
     Path("b.nrrd").unlink()
     checked = medxai("cases", "check", "library")
     assert checked.exit_code == 1
     assert "There is no file or folder" in checked.output
+
+
+def test_code_that_a_library_names_is_not_run_without_trust(here: Path, monkeypatch: pytest.MonkeyPatch):
+    Path("from_a_stranger.py").write_text("open('ran', 'w').close()\n", encoding="utf-8")
+    Library.create("library", Embedder("f", "from_a_stranger:network", "Kind", {"plain": (4, "cosine")}))
+    # As `medxai` is run: from where the person stands.
+    monkeypatch.syspath_prepend(str(here))
+    for words in (["add", "library", "table.csv"], ["search", "library", "b.nrrd"]):
+        refused = medxai("cases", *words)
+        assert (refused.exit_code, "--trust" in refused.output) == (1, True), refused.output
+        assert not Path("ran").exists()
+    medxai("cases", "search", "library", "b.nrrd", "--trust")
+    assert Path("ran").exists()
 
 
 def test_a_thumbnail_shows_the_patient_as_radiologists_do():

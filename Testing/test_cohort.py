@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +24,8 @@ from typer.testing import CliRunner
 
 import MedXAILib as mx
 from MedXAILib.cli import app
+from MedXAILib.cohort import engine, work
+from MedXAILib.cohort import reduce as reduction
 from MedXAILib.cohort.engine import compute, todo
 from MedXAILib.cohort.plan import Plan, make_plan, read_plan
 from MedXAILib.cohort.reduce import by_group, reduce
@@ -201,6 +206,91 @@ def test_what_dies_every_time_is_given_up_and_the_rest_is_done(
     assert retry(tmp_path) == 3 and compute(tmp_path) == {"done": 1, "refused": 2}
 
 
+def test_what_fits_nowhere_is_refused_and_the_rest_goes_on(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def too_large(*given: object) -> None:
+        asked.append(given[-1])
+        raise mx.errors.OutOfMemory("too large") if given[-1] == "cuda" else mx.MedXAIError("constant")
+
+    planned(table, tmp_path, gradient={})
+    monkeypatch.setattr(work, "_explained", too_large)
+    assert compute(tmp_path, device="cuda") == {"refused": 7} and asked == ["cuda", "cpu"] * 7
+
+
+def test_what_another_program_did_meanwhile_stays(
+    table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = list(planned(table, tmp_path, gradient={}).units())[3]
+    true = work._explained
+
+    def overtaken(*given: Any) -> Any:
+        found = true(*given)
+        (tmp_path / RESULTS / unit.key).mkdir(parents=True)
+        work.write_receipt(tmp_path, unit, {"status": "done", "digest": "of the other"})
+        return found
+
+    monkeypatch.setattr(work, "_explained", overtaken)
+    assert work.do(str(tmp_path), unit.key) == "done"
+    known = receipt(tmp_path, unit.key)
+    assert known is not None and known["digest"] == "of the other"
+    assert not list((tmp_path / RESULTS / unit.key).iterdir())
+
+
+def test_a_scan_by_two_names_is_computed_once(table: Path, tmp_path: Path) -> None:
+    one = find_subjects(table)[3]
+    plan = make_plan(str(MODEL), "f", {"gradient": {}}, [one, replace(one, uid="again")])
+    plan.save(tmp_path)
+    assert len(list(plan.units())) == 2 and len(todo(tmp_path)) == 1
+
+
+_TOGETHER = threading.Barrier(2, timeout=20)
+
+
+def _not_alone(folder: str, key: str, device: str | None, attempt: int) -> str:
+    if key != "first":
+        _TOGETHER.wait()
+    return "done"
+
+
+def test_workers_that_come_late_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import Client, LocalCluster
+
+    # The first is alone, as there is no worker yet; of the others none goes on before another is there.
+    monkeypatch.setattr(engine, "do", _not_alone)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        known: list[dict[str, Any]] = [{"workers": {}}]
+        monkeypatch.setattr(client, "scheduler_info", lambda **_: known.pop() if known else {"workers": {"late": {}}})
+        assert list(engine._by_dask(client, tmp_path, ["first", *"1234"], None)) == ["done"] * 5
+
+
+def test_a_plan_is_not_believed_that_its_model_may_run_code(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    make_plan(str(tmp_path / "model"), "f", {"gradient": {}}, find_subjects(table), trust=True).save(tmp_path)
+    with pytest.raises(mx.MedXAIError, match="run code of its own: say --trust"):
+        compute(tmp_path)
+    with pytest.raises(mx.MedXAIError, match="no MONAI bundle"):
+        compute(tmp_path, trust=True)
+
+
+def test_a_plan_holds_wherever_it_is_computed(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MODEL.parent)
+    assert make_plan(MODEL.name, "f", METHODS, find_subjects(table)).model == str(MODEL.resolve())
+
+
+def test_labels_of_nine_digits_are_counted() -> None:
+    # As in the atlas of the Allen Institute; a table of all numbers below it would take five gigabytes.
+    labels = torch.tensor([[[0, 614454277], [-7, 614454277]]])
+    values = torch.tensor([[[0.1, 0.2], [0.3, 0.4]]], dtype=torch.float64)
+    found = reduction._shares(values, labels, {614454277: "Supraoculomotor"})
+    assert found == pytest.approx({"outside": 0.1, "Supraoculomotor": 0.6, "label -7": 0.3})
+
+
 def test_another_plan_and_another_network_are_refused(table: Path, tmp_path: Path) -> None:
     made = planned(table, tmp_path)
     made.save(tmp_path)
@@ -241,8 +331,9 @@ def test_bids_and_dicom_are_found(tmp_path: Path) -> None:
 
     volume = mx.Volume(torch.arange(60.0).reshape(1, 3, 4, 5), np.diag([2.0, 1.0, 1.0, 1.0]))
     write_series(volume, tmp_path / "tree" / "p1" / "ct")
-    write_series(volume, tmp_path / "tree" / "p2")
-    assert [one.uid for one in find_subjects(tmp_path / "tree")] == ["p1-ct", "p2"]
+    for name in ("p2", "患者", "病人"):
+        write_series(volume, tmp_path / "tree" / name)
+    assert [one.uid for one in find_subjects(tmp_path / "tree")] == ["p1/ct", "p2", "患者", "病人"]
     with pytest.raises(mx.MedXAIError, match="holds no case"):
         find_subjects(tmp_path / "bids" / "sub-01")
 
@@ -316,6 +407,8 @@ def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_p
     assert "10 done" in told and "case-1, gradient: refused" in told and "constant" in told
     assert "0 results are gone" in medxai("verify", folder) and "4 are tried again" in medxai("retry", folder)
     assert "give a part as I/N" in medxai("run", folder, "--shard", "3/3", code=2)
+    words = shlex.split(medxai("slurm", tmp_path / "it's $HOME", "--trust").splitlines()[-1])
+    assert words[4] == str(tmp_path.resolve() / "it's $HOME") and words[-1] == "--trust"
     script = medxai("slurm", folder, "--jobs", 7)
     assert "--array=0-6" in script and '"$SLURM_ARRAY_TASK_ID/7"' in script
     out = tmp_path / "out"

@@ -263,6 +263,10 @@ def test_what_is_no_answer_teaches_nothing():
         assert torch.allclose(
             together[i], SPACES["gradient"].embed(model, x[i : i + 1], labels[i : i + 1])[0], atol=1e-6
         )
+    of_values = mx.Model(nn.Sequential(nn.Flatten(), nn.Linear(8, 1)), task="regression", channels=1)
+    with of_values.ready():
+        kept = TrainingGradients(of_values, 0).kept(torch.ones(4, 1, 2, 2, 2), ["", "nan", "inf", "2.5"], Run())
+    assert not kept[:3].any() and kept[3].all()
     with pytest.raises(mx.MedXAIError, match="give labels"):
         SPACES["gradient"].embed(model, x)
     with pytest.raises(mx.MedXAIError, match="classification and regression"):
@@ -490,6 +494,13 @@ def test_gradients_at_checkpoints(model: mx.Model, library: Library, tmp_path: P
     for uid, influence in found.items():
         assert influence == pytest.approx(expected[int(uid[-2:])], rel=1e-3, abs=1e-5 * np.abs(expected).max())
     # What was computed is there the next time, though no scan is.
+    whole = {**asked, "length": 4}
+    (Path(library.path) / "00.nrrd").rename(tmp_path / "away.nrrd")
+    without = ask(model, library, **whole)
+    assert "1 of 36 cases count for nothing" in " ".join(without.provenance.notes)
+    (tmp_path / "away.nrrd").rename(Path(library.path) / "00.nrrd")
+    assert "count for nothing" not in " ".join(ask(model, library, **whole).provenance.notes)
+    assert by_uid(ask(model, library, **whole)) != by_uid(without)
     for i in range(36):
         (Path(library.path) / f"{i:02d}.nrrd").unlink()
     assert by_uid(ask(model, library, **asked)) == found

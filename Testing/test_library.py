@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -130,6 +131,16 @@ def test_any_name_and_any_text_can_be_filtered_by(tmp_path: Path):
     for i, name in enumerate(odd):
         assert [found.uid for found in library.records({name: odd[-1 - i]})] == [f"{i}"], name
         assert library.records({name: odd[-1 - i] + "?"}) == []
+
+
+def test_no_number_is_too_large(tmp_path: Path):
+    library = Library.create(tmp_path / "library", EMBEDDER)
+    large = 1e7 * np.ones((2, PLAIN)) * [[1.0], [-2.0]]
+    library.add([record(1, regions=large, meta={"a": 1.0}), record(2, meta={"a": 3.0})])
+    (found,) = library.records({"a": (-math.inf, 2.0)})
+    assert found.uid == "case 0001" and found.regions is not None
+    np.testing.assert_allclose(found.regions / found.regions[0, 0], large / large[0, 0], rtol=1e-3)
+    assert len(library.records({"a": (2.0, math.inf)})) == 1 and library.records({"a": math.nan}) == []
 
 
 def test_nobody_is_like_himself(shared: Library):

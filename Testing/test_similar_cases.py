@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,12 @@ def test_filters(made: mx.Model, tmp_path: Path) -> None:
 
 
 def test_conditions_are_ranges_numbers_and_names() -> None:
-    assert conditions(["a=1..2.5", "b=..-3", "c=1e2..", "d=x|2", "d=y", "label=7"]) == {
+    assert conditions(["a=1..2.5", "b=..-3", "c=1e2..", "d=x|2", "d=y", "e=nan", "label=7"]) == {
         "a": (1.0, 2.5),
         "b": (None, -3.0),
         "c": (100.0, None),
         "d": {"x", "2", 2.0, "y"},
+        "e": {"nan"},
         "label": {"7"},
     }
     for wrong in ("a", "=1", "a=", "a=..", "label=1..2", "a=1..2..3"):
@@ -328,6 +330,9 @@ def test_the_fingerprint_is_of_all_that_makes_a_vector() -> None:
         model(),
     ]
     assert len({plain, *map(fingerprint, others)}) == 6
+    # Sets have another order in every process, as these two have, which are the same.
+    first, second = (partial(scaled(1), of=of) for of in ({0, 8}, {8, 0}))
+    assert fingerprint(model(preprocessing=first)) == fingerprint(model(preprocessing=second))
     shipped = [fingerprint(mx.load_model(path("Models/lung_nodule"))) for _ in range(2)]
     assert shipped[0] == shipped[1]
 
@@ -376,6 +381,22 @@ def test_a_scan_that_is_gone_or_another_is_said(made: mx.Model, tmp_path: Path) 
     notes = " ".join(found.provenance.notes)
     assert "'a' is shown without its scan" in notes and "'b' is not what was embedded" in notes
     assert found.residual["sum of map"] > 0.1
+
+
+def test_a_scan_that_the_network_cannot_take_is_said(made: mx.Model, tmp_path: Path) -> None:
+    library = stored(tmp_path, made)
+    sitk.WriteImage(sitk.Image(8, 8, sitk.sitkFloat32), str(tmp_path / "library" / "a.nrrd"))
+    found = ask(made, library, scan(4, 1.6, 0))
+    assert next(case for case in found.cases if case.uid == "a").volume is None
+    assert "'a' is shown without its scan" in " ".join(found.provenance.notes)
+
+
+def test_what_is_known_of_a_case_hides_no_number(made: mx.Model, tmp_path: Path) -> None:
+    library = stored(tmp_path, made)
+    before = {case.uid: case.numbers["percentile"] for case in ask(made, library, scan(4, 1.6, 0)).cases}
+    library.add([replace(case, meta={**case.meta, "percentile": -7.0}) for case in library.records()])
+    after = {case.uid: case.numbers["percentile"] for case in ask(made, library, scan(4, 1.6, 0)).cases}
+    assert after == before and -7.0 not in before.values()
 
 
 def test_regions_that_are_alike_come_first(made: mx.Model, tmp_path: Path) -> None:

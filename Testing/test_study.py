@@ -112,6 +112,7 @@ GOLDEN = [("ai", "case-12"), ("ai", "case-07"), ("ai", "case-14"), ("ai", "case-
         ({"arms": ["none", "ai+heat"]}, "part of the arm 'ai\\+heat'"),
         ({"arms": ["none", "none"]}, "'none' is twice among the arms"),
         ({"readers": ["Jane Doe"]}, "readers.0"),
+        ({"readers": ["r1", "R1"]}, "'r1' is twice among the readers"),
         ({"answers": ["benign", "cancer"]}, r"Row \d+ .*column 'truth'.*malignant"),
         ({"arms": ["ai+text"]}, "column 'text': it is empty, and an arm shows it"),
         ({"wrong": 0.5}, "wrong about 25% of the cases"),
@@ -171,6 +172,32 @@ def test_a_changed_journal_and_another_design_are_refused(tmp_path: Path) -> Non
         journal.answer(journal.trials[0], "benign", 50, 1)
     with pytest.raises(mx.MedXAIError, match="'maybe' is no answer"):
         journal.answer(journal.trials[5], "maybe", 50, 1)
+
+
+def test_of_two_programs_at_once_one_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    made = study(tmp_path, kind="split")
+    first, second = (Journal(made, "r1", tmp_path) for _ in range(2))
+    answer_all(first, 3)
+    with pytest.raises(mx.MedXAIError, match="Another program writes"):
+        second.begin(second.trials[0])
+    answer_all(first, 7)
+    assert sorted(Journal(made, "r1", tmp_path).answered) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_journal_of_another_reader_is_refused(tmp_path: Path) -> None:
+    made = study(tmp_path, kind="split")
+    answer_all(Journal(made, "r1", tmp_path), 5)
+    (tmp_path / "r1.jsonl").rename(tmp_path / "r2.jsonl")
+    with pytest.raises(mx.MedXAIError, match="is the journal of 'r1'"):
+        Journal(made, "r2", tmp_path)
+    with pytest.raises(mx.MedXAIError, match="is the journal of 'r1'"):
+        readings(made, tmp_path)
+
+
+def test_a_design_may_be_written_in_notepad(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    made.path.write_text(made.path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_study(made.path).fingerprint == made.fingerprint
 
 
 _READER = """

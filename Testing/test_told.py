@@ -150,8 +150,8 @@ def test_the_page_of_a_traversal_says_where_the_answer_flips(caption: mx.Caption
     told = mx.Traversal(caption.provenance, {}, steps, images, AFFINE, "by size", "It flips.", 3, cohort, path)
     page = written(tmp_path / "page", mx.Volume(images[1][None], AFFINE), told)
     shown = text(page)
-    assert "-1 +2 1.3 -0.3 8 " in shown and "+0 +1 1 0 9 this scan" in shown
-    assert "+2 -1 0.4 0.6 11 the answer flips" in shown and "+3 -2 0.1 0.9 12 strange" in shown
+    assert "-1 +2.00 1.30 -0.30 8 " in shown and "+0 this scan +1.00 1.00 0.00 9" in shown
+    assert "+2 the answer flips -1.00 0.40 0.60 11" in shown and "+3 strange -2.00 0.10 0.90 12" in shown
     assert "<title>ill, a&lt;1&gt;</title>" in page and page.count("<circle") == 3
     read = mx.load_explanation(tmp_path / "page")
     assert isinstance(read, mx.Traversal) and read.steps == tuple(steps) and read.cohort == cohort

@@ -81,6 +81,10 @@ def build(
         MedXAIError: when the table is wrong, the library is another network's, or no scan at all can be read.
     """
     rows = read_rows(Path(table))
+    first: dict[str, int] = {}
+    for row in rows:
+        if (known := first.setdefault(_source(row, str, paths).uid, row.number)) != row.number:
+            raise row.wrong("uid", f"this is the case of row {known} again: give each a uid of its own.")
     library = opened(out, model, (_source(row, str, paths) for row in rows), run)
     named = str if identifiers else library.pseudonym
     telling = [row for row in rows if paths and not identifiers and _tells(row)]
@@ -230,8 +234,11 @@ def _embedder(model: Model, sources: Iterable[Source], run: Run) -> Embedder:
 
 def _named(model: Model) -> str:
     """How the network is found again: the name of one that ships with MedXAI, or where it came from."""
-    source = Path(model.source or "")
-    return source.name if source.parent == resources.path("Models") else str(model.source or "")
+    named = str(model.source or "")
+    source = Path(named)
+    if source.parent == resources.path("Models"):
+        return source.name
+    return str(source.absolute()) if named and source.exists() else named
 
 
 def _records(model: Model, group: Sequence[_Seen], spaces: Sequence[str]) -> list[Record]:

@@ -48,24 +48,29 @@ def gradients_of_cases(
     """What is kept (N, K + 1) of the cases `records` by each of `several` networks that take the same input. All of it
     is kept on disk, because every case is read for it.
 
-    A case whose scan cannot be read teaches nothing, which is noted.
+    A case whose scan cannot be read teaches nothing, which is noted; then nothing is kept on disk.
 
     Raises:
         MedXAIError: when that is so of all.
     """
     files = [_file(one, library, records) for one in several]
-    if not all(file.is_file() for file in files):
-        for file, kept in zip(files, _computed(several, library, records, run), strict=True):
+    if all(file.is_file() for file in files):
+        return [np.load(file) for file in files]
+    found, lost = _computed(several, library, records, run)
+    # What cannot be read now may be there the next time.
+    if not lost:
+        for file, kept in zip(files, found, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             beside = file.with_name(f"{os.getpid()}-{file.name}")
             np.save(beside, kept)
             beside.replace(file)
-    return [np.load(file) for file in files]
+    return found
 
 
 def _computed(
     several: Sequence[TrainingGradients], library: Library, records: Sequence[Record], run: Run
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], int]:
+    """What is kept by each, and how many cases cannot be read."""
     rows: list[dict[int, np.ndarray]] = [{} for _ in several]
     lost: list[MedXAIError] = []
     model = several[0].model
@@ -89,7 +94,8 @@ def _computed(
     if lost:
         run.note(f"{len(lost)} of {len(records)} cases count for nothing, because they cannot be read: {lost[0]}")
     blank = [np.zeros_like(next(iter(kept.values()))) for kept in rows]
-    return [np.stack([kept.get(i, zero) for i in range(len(records))]) for kept, zero in zip(rows, blank, strict=True)]
+    every = range(len(records))
+    return [np.stack([k.get(i, zero) for i in every]) for k, zero in zip(rows, blank, strict=True)], len(lost)
 
 
 def _file(one: TrainingGradients, library: Library, records: Sequence[Record]) -> Path:

@@ -69,7 +69,7 @@ def add(
     trust: _Trust = False,
 ) -> None:
     """Add the scans in a table to a library, by the network that it was made with."""
-    _filled(_opened(library).embedder.model, table, library, keep_identifiers, no_paths, again, device, trust)
+    _filled(_network(_opened(library), trust), table, library, keep_identifiers, no_paths, again, device, trust)
 
 
 def _filled(
@@ -127,7 +127,7 @@ def search(
         from MedXAILib.volume import load_volume
 
         run.step(0, 1, "Embedding the scan")
-        model = _load(cases.embedder.model, trust)
+        model = _load(_network(cases, trust), trust)
         with model.ready(device):
             seen = model.prepare(load_volume(volume if len(volume) > 1 else volume[0]), corner)
             vector = SPACES[space].embed(model, seen.x[None])[0].numpy()
@@ -215,6 +215,20 @@ def _opened(place: str, version: int | None = None) -> Library:
     from MedXAILib.cases.library import Library
 
     return Library.open(place, version)
+
+
+def _network(library: Library, trust: bool) -> str:
+    """What a library says it was embedded by. Who made it may have written anything there."""
+    from MedXAILib.errors import MedXAIError
+    from MedXAILib.loading import is_code
+
+    named = library.embedder.model
+    if is_code(named) and not trust:
+        raise MedXAIError(
+            f"The library '{library.path}' names '{named}' as its network, and that is code: read it, and pass --trust "
+            "if you trust its maker."
+        )
+    return named
 
 
 def _found(hits: Sequence[Hit]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,7 @@ def conditions(texts: Sequence[str]) -> dict[str, Any]:
 def _values(name: str, text: str) -> list[str | float]:
     """A value, which of what is no name may be a number or a text that looks like one."""
     try:
-        return [text] if name in NAMES else [text, float(text)]
+        number = float(text)
     except ValueError:
         return [text]
+    return [text] if name in NAMES or not math.isfinite(number) else [text, number]

@@ -454,7 +454,7 @@ class Library:
         number = f"json_get_float(numbers, {_quoted(name)})"
         if isinstance(value, tuple):
             low, high = value
-            sides = [f"{number} {side} {float(end)!r}" for side, end in ((">=", low), ("<=", high)) if end is not None]
+            sides = [f"{number} {side} {_number(end)}" for side, end in ((">=", low), ("<=", high)) if end is not None]
             return " AND ".join(sides) or "true"
         values = list(value) if isinstance(value, (set, frozenset, list)) else [value]
         words = [one for one in values if isinstance(one, str)]
@@ -462,7 +462,7 @@ class Library:
             words = self._named(words)
         text = name if name in NAMES else f"json_get_string(texts, {_quoted(name)})"
         parts = [f"{text} IN {_list(words)}"] if words else []
-        parts += [f"{number} = {float(one)!r}" for one in values if not isinstance(one, str)]
+        parts += [f"{number} = {_number(one)}" for one in values if not isinstance(one, str)]
         return f"({' OR '.join(parts)})" if parts else "false"
 
     def _named(self, names: Iterable[str]) -> list[str]:
@@ -504,7 +504,11 @@ def _rows(records: Sequence[Record], embedder: Embedder) -> Any:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
     def regions(record: Record) -> list[np.ndarray] | None:
-        return None if record.regions is None else list(record.regions.astype(np.float16))
+        if record.regions is None:
+            return None
+        # Half a float ends at 65504; of regions only directions count.
+        most = np.abs(record.regions).max(initial=0.0)
+        return list((record.regions / max(1.0, float(most) / 6e4)).astype(np.float16))
 
     columns: dict[str, Any] = {name: [getattr(record, name) for record in records] for name in NAMES}
     columns |= {_column(space): vectors(space) for space in embedder.spaces}
@@ -558,6 +562,11 @@ def _column(space: str) -> str:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+def _number(value: float) -> str:
+    # So that it may be infinite.
+    return f"CAST('{float(value)!r}' AS DOUBLE)"
 
 
 def _list(texts: Iterable[str]) -> str:

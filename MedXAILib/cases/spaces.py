@@ -145,8 +145,10 @@ def _described(thing: Any) -> Any:
     """What a preprocessing is made of, the same in every process: classes, and the numbers and texts they hold."""
     if thing is None or isinstance(thing, (str, int, float)):
         return thing
-    if isinstance(thing, (list, tuple, set, frozenset)):
+    if isinstance(thing, (list, tuple)):
         return [_described(part) for part in thing]
+    if isinstance(thing, (set, frozenset)):
+        return sorted((_described(part) for part in thing), key=repr)
     if isinstance(thing, dict):
         return [(str(key), _described(part)) for key, part in thing.items()]
     if isinstance(thing, (np.ndarray, Tensor)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ _SLURM = """#!/bin/sh
 #SBATCH --requeue
 #SBATCH --cpus-per-task=2
 # A job that is requeued leaves out what it has done already.
-exec medxai cohort run '{folder}' --shard "$SLURM_ARRAY_TASK_ID/{jobs}"{device}
+exec medxai cohort run {folder} --shard "$SLURM_ARRAY_TASK_ID/{jobs}"{more}
 """
 
 
@@ -72,6 +73,7 @@ def run(
         str | None, typer.Option("--shard", help="Only part I of N, as 3/20: for arrays of jobs.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the plan's model run code of its own.")] = False,
 ) -> None:
     """Compute what is still to do. It may be interrupted at any time, and goes on where it was."""
     from MedXAILib.cli import _live
@@ -84,7 +86,7 @@ def run(
             raise typer.BadParameter("give a part as I/N, counted from 0: 3/20")
         part = int(index), int(count)
     with _live() as live:
-        said = compute(folder, workers, scheduler, device, part, live)
+        said = compute(folder, workers, scheduler, device, part, live, trust)
     typer.echo(", ".join(f"{count} {status}" for status, count in said.items()) or "Everything was done already.")
     if said["failed"]:
         raise typer.Exit(3)
@@ -124,10 +126,11 @@ def slurm(
     folder: _Folder,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs of the array.")] = 10,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda ...")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the plan's model run code of its own.")] = False,
 ) -> None:
     """Print a script for sbatch, which computes the plan as an array of jobs, without a scheduler of its own."""
-    on = "" if device is None else f" --device {device}"
-    typer.echo(_SLURM.format(last=jobs - 1, folder=folder.resolve(), jobs=jobs, device=on), nl=False)
+    more = (f" --device {shlex.quote(device)}" if device else "") + " --trust" * trust
+    typer.echo(_SLURM.format(last=jobs - 1, folder=shlex.quote(str(folder.resolve())), jobs=jobs, more=more), nl=False)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from MedXAILib.cohort.plan import read_plan
+from MedXAILib.cohort.plan import read_plan, unit_of
 from MedXAILib.cohort.work import RECEIPTS, do, write_receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.run import Run
@@ -28,7 +28,8 @@ _QUEUED = 2
 def todo(folder: Path) -> list[str]:
     """The keys of the units that have no receipt, in the order of the plan."""
     done = {path.stem for path in (folder / RECEIPTS).glob("*.json")}
-    return [unit.key for unit in read_plan(folder).units() if unit.key not in done]
+    # Two cases of the same scan, asked the same, are one unit.
+    return list(dict.fromkeys(unit.key for unit in read_plan(folder).units() if unit.key not in done))
 
 
 def compute(
@@ -38,6 +39,7 @@ def compute(
     device: str | None = None,
     shard: tuple[int, int] | None = None,
     run: Run | None = None,
+    trust: bool = False,
 ) -> Counter[str]:
     """Compute what is still to do of the plan in `folder`; returns how many units were done, refused and failed.
 
@@ -47,16 +49,23 @@ def compute(
         device: where the network runs. Workers of a scheduler that name a resource "GPU" get the work for "cuda".
         shard: this is part i of n (from 0): what a job of an array of jobs does, without a scheduler.
         run: progress and cancel.
+        trust: whether the plan's model may run code that it brings along. A plan that says so itself is not believed.
 
     Raises:
         Cancelled: when the person asked to stop; what was done is kept.
-        MedXAIError: when there is no plan, or when Dask is not installed.
+        MedXAIError: when there is no plan, one of a model that is not trusted, or when Dask is not installed.
     """
     folder, run = Path(folder).resolve(), run or Run()
+    plan = read_plan(folder)
+    if plan.trust and not trust:
+        raise MedXAIError(
+            f"The plan in '{folder}' lets its model '{plan.model}' run code of its own: say --trust (trust=True) if "
+            "you trust who made both."
+        )
     keys = todo(folder)
     if shard is not None:
-        every = [unit.key for unit in read_plan(folder).units()]
-        keys = [key for key in every[shard[0] :: shard[1]] if key in set(keys)]
+        left = set(keys)
+        keys = [key for key in [unit.key for unit in plan.units()][shard[0] :: shard[1]] if key in left]
     said: Counter[str] = Counter()
     with _outcomes(folder, keys, workers, scheduler, device) as outcomes:
         run.step(0, len(keys), "Explaining the cohort")
@@ -106,10 +115,15 @@ def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> 
         return client.submit(do, str(folder), key, device, attempts[key], key=name, pure=False, resources=on)
 
     of: dict[str, str] = {}
-    ahead = max(1, _QUEUED * len(client.scheduler_info(n_workers=-1)["workers"]))
     futures = as_completed()
-    while waiting and futures.count() < ahead:
-        futures.add(_noted(of, submit(waiting.pop())))
+
+    def fill() -> None:
+        # Fewer than all at once: a scheduler should not hold what a plan holds. Workers come and go.
+        ahead = max(1, _QUEUED * len(client.scheduler_info(n_workers=-1)["workers"]))
+        while waiting and futures.count() < ahead:
+            futures.add(_noted(of, submit(waiting.pop())))
+
+    fill()
     for future in futures:
         key = of.pop(future.key)
         error = future.exception() if future.status == "error" else None
@@ -121,9 +135,7 @@ def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> 
             futures.add(_noted(of, submit(key)))
         else:
             yield future.result() if error is None else _given_up(folder, key, error)
-        # Fewer than all at once: a scheduler should not hold what a plan holds.
-        if waiting:
-            futures.add(_noted(of, submit(waiting.pop())))
+        fill()
 
 
 def _noted(of: dict[str, str], future: Any) -> Any:
@@ -132,7 +144,7 @@ def _noted(of: dict[str, str], future: Any) -> Any:
 
 
 def _given_up(folder: Path, key: str, error: BaseException) -> str:
-    unit = next(unit for unit in read_plan(folder).units() if unit.key == key)
+    _, unit = unit_of(str(folder), key)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     write_receipt(folder, unit, {"status": "failed", "reason": reason, "attempt": ATTEMPTS})
     return "failed"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -90,12 +92,13 @@ def make_plan(
     """
     for method, parameters in methods.items():
         make(method, parameters)
-    uids = [subject.uid for subject in subjects]
-    for uid in uids:
-        if uids.count(uid) > 1:
-            raise MedXAIError(f"{uids.count(uid)} cases are called '{uid}': give each a uid of its own.")
+    for uid, count in Counter(subject.uid for subject in subjects).items():
+        if count > 1:
+            raise MedXAIError(f"{count} cases are called '{uid}': give each a uid of its own.")
     if not subjects or not methods:
         raise MedXAIError("There is nothing to compute: give at least one case and one method.")
+    # It may be computed from elsewhere.
+    model = str(Path(model).resolve()) if Path(model).exists() else model
     return Plan(model, fingerprint, methods, tuple(subjects), seed, trust)
 
 
@@ -136,7 +139,8 @@ def unit_of(folder: str, key: str) -> tuple[Plan, Unit]:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a file that is there whole and stays, or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Another machine that sees the folder may have a process of the same number.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8") as file:

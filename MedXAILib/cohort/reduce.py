@@ -145,10 +145,12 @@ def _labels(atlas: Volume, template: Volume) -> Tensor:
 
 
 def _shares(values: Tensor, labels: Tensor, names: Mapping[int, str]) -> dict[str, float]:
-    every = torch.bincount(labels.flatten(), values.flatten())
+    # By their rank: there are atlases with labels of nine digits.
+    there, rank = labels.unique(return_inverse=True)
+    sums = torch.bincount(rank.flatten(), values.flatten())
     return {
-        names.get(label, f"label {label}") if label else "outside": float(every[label])
-        for label in labels.unique().tolist()
+        names.get(label, f"label {label}") if label else "outside": share
+        for label, share in zip(there.tolist(), sums.tolist(), strict=True)
     }
 
 

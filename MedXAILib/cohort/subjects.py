@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def _of_dicom(folder: Path) -> Iterator[Subject]:
     for place in sorted({path.parent for path in folder.rglob("*") if path.is_file()}):
         series = ImageSeriesReader.GetGDCMSeriesIDs(str(place))
         if len(series) == 1:
-            name = re.sub(r"[^A-Za-z0-9_-]+", "-", str(place.relative_to(folder))).strip("-")
-            yield Subject(uid=name if name not in ("", ".") else series[0], volume=(str(place.resolve()),))
+            name = place.relative_to(folder).as_posix()
+            yield Subject(uid=series[0] if name == "." else name, volume=(str(place.resolve()),))
         elif series:
             raise MedXAIError(f"'{place}' holds {len(series)} DICOM series: move each to a folder of its own.")

@@ -46,15 +46,19 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
         raise MedXAIError(f"'{plan.model}' is not the network of the plan any more: plan anew, in another folder.")
     told: dict[str, Any] = {}
     try:
-        found = _explained(plan, unit, model, device)
-    except OutOfMemory:
-        if device in (None, "cpu"):
-            raise
-        told["note"] = f"Out of memory on {device}: computed on the CPU."
-        found = _explained(plan, unit, model, "cpu")
+        try:
+            found = _explained(plan, unit, model, device)
+        except OutOfMemory:
+            if device in (None, "cpu"):
+                raise
+            told["note"] = f"Out of memory on {device}: computed on the CPU."
+            found = _explained(plan, unit, model, "cpu")
     except MedXAIError as error:
         write_receipt(Path(folder), unit, {"status": "refused", "reason": str(error), "attempt": attempt})
         return "refused"
+    # Another program may have done the same in the meantime: its result has a receipt, and stays.
+    if receipt(Path(folder), key) is not None:
+        return "done"
     # What is left of one without a receipt may be damaged, and would not be replaced then.
     shutil.rmtree(Path(folder) / RESULTS / key, ignore_errors=True)
     place = found.save(Path(folder) / RESULTS / key)

@@ -88,9 +88,10 @@ def answer(model: Model, label: str, outputs: int) -> float | None:
     None when it has no such answer."""
     if model.task == "regression":
         try:
-            return float(label)
+            value = float(label)
         except ValueError:
             return None
+        return value if math.isfinite(value) else None
     names = [model.class_name(k, outputs) for k in range(max(2, outputs))]
     return float(names.index(label)) if label in names else None
 

@@ -204,10 +204,10 @@ class SimilarCaseSearch(Teller):
         run = question.run
         try:
             scan = library.volume(hit.record)
+            seen, x = _seen(question, hit.record, scan)
         except MedXAIError as error:
             run.note(f"The case '{case.uid}' is shown without its scan: {error}")
             return case, 0.0
-        seen, x = _seen(question, hit.record, scan)
         there = self._places(question, x)
         alike = there.alike(here.vectors)
         missed = _missed(alike, hit.similarity)
@@ -248,6 +248,8 @@ def _missed(alike: Tensor, similarity: float) -> float:
 
 def _case(hit: Hit, role: Role, percentile: float, library: Library) -> Case:
     record = hit.record
+    known = {name: float(value) for name, value in record.meta.items() if not isinstance(value, str)}
+    own = {"percentile": percentile}
     return Case(
         uid=record.uid,
         label=record.label,
@@ -255,10 +257,8 @@ def _case(hit: Hit, role: Role, percentile: float, library: Library) -> Case:
         source=str(library.scan(record)) if record.volume else None,
         role=role,
         note=_note(record, percentile),
-        numbers={
-            "percentile": percentile,
-            **{name: float(value) for name, value in record.meta.items() if not isinstance(value, str)},
-        },
+        # First, and whatever else may be called so.
+        numbers=own | known | own,
     )
 
 

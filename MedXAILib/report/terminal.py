@@ -12,9 +12,12 @@ from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.explanation import Explanation
 from MedXAILib.plain_text import plain
 from MedXAILib.report.cases import TITLES, numbers
+from MedXAILib.report.traversal import quantities, remarks
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
 from MedXAILib.traversal import Traversal
+
+_MOST_STEPS = 4
 
 
 def told(found: Explanation) -> Iterator[str | Table]:
@@ -57,13 +60,14 @@ def _cases(found: SimilarCases) -> Iterator[str | Table]:
 
 
 def _steps(found: Traversal) -> Table:
-    scores = list(dict.fromkeys(name for step in found.steps for name in step.scores))
-    names = list(dict.fromkeys(name for step in found.steps for name in step.numbers))
-    table = _table("step", *scores, *names, "")
-    for i, step in enumerate(found.steps):
-        numbers = [step.scores.get(name) for name in scores] + [step.numbers.get(name) for name in names]
-        remarks = ["this scan"] * (i == found.here) + ["the answer flips"] * (i == found.flipped)
-        _row(table, f"{step.position:+.2g}", *map(_number, numbers), ", ".join(remarks + ["strange"] * step.strange))
+    """The steps side by side; of many, as many as there is room for, with that at which the answer flips."""
+    every = len(found.steps)
+    chosen = {round(i * (every - 1) / (_MOST_STEPS - 1)) for i in range(_MOST_STEPS)} | {found.here}
+    shown = sorted(chosen | ({found.flipped} if found.flipped is not None else set()))
+    table = _table("step", *(f"{found.steps[i].position:+.2g}" for i in shown))
+    for name, values in quantities(found).items():
+        _row(table, name, *(values[i] for i in shown))
+    _row(table, "", *(remarks(found, i) for i in shown))
     return table
 
 

@@ -50,7 +50,7 @@ def _strip(told: Traversal) -> Image.Image:
         strip.paste(look.draw(one, focus, changed if bool(changed.any()) else None), (x, head + side + gap))
         step = told.steps[i]
         draw.text((x + 2, 3), f"{step.position:+.2g}", (235, 235, 235), font)
-        said = ("* " if step.strange else "") + (_said(step) or f"{step.value:+.2f}")
+        said = ("strange: " if step.strange else "") + (_said(step) or f"{step.value:+.2f}")
         draw.text((x + 2, 20), said, (255, 183, 87) if i == told.flipped else (165, 165, 165), font)
     return strip
 
@@ -63,20 +63,33 @@ def _said(step: Step) -> str:
     return f"{name} {step.scores[name]:.2f}"
 
 
+def remarks(told: Traversal, step: int) -> str:
+    """What is special about a step."""
+    special = ["this scan"] * (step == told.here) + ["the answer flips"] * (step == told.flipped)
+    return ", ".join(special + ["strange"] * told.steps[step].strange)
+
+
+def quantities(told: Traversal) -> dict[str, list[str]]:
+    """What is known of each step, by name: what is explained, the network's scores, and other numbers."""
+    scores = dict.fromkeys(name for step in told.steps for name in step.scores)
+    numbers = dict.fromkeys(name for step in told.steps for name in step.numbers)
+    found = {f"{told.provenance.target_label}, explained": [f"{step.value:+.2f}" for step in told.steps]}
+    found |= {name: [_if_known("{:.2f}", step.scores.get(name)) for step in told.steps] for name in scores}
+    return found | {name: [_if_known("{:.3g}", step.numbers.get(name)) for step in told.steps] for name in numbers}
+
+
+def _if_known(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
 def _table(told: Traversal) -> str:
-    names = list(dict.fromkeys(name for step in told.steps for name in step.numbers))
-    scores = list(dict.fromkeys(name for step in told.steps for name in step.scores))
-    heads = ["step", told.provenance.target_label, *scores, *names, ""]
+    known = quantities(told)
     rows = []
     for i, step in enumerate(told.steps):
-        values = [step.scores.get(name) for name in scores] + [step.numbers.get(name) for name in names]
-        cells = "".join(f"<td class=number>{'' if v is None else f'{v:.3g}'}</td>" for v in values)
-        remarks = ["this scan"] * (i == told.here) + ["the answer flips"] * (i == told.flipped)
-        remarks += ["strange"] * step.strange
+        cells = "".join(f"<td class=number>{values[i]}</td>" for values in known.values())
         marked = " class=chosen" if i in (told.here, told.flipped) else ""
-        first = f"<th>{step.position:+.2g}</th><td class=number>{step.value:+.3g}</td>"
-        rows.append(f"<tr{marked}>{first}{cells}<td>{', '.join(remarks)}</td></tr>")
-    head = "".join(f"<td>{escape(name)}</td>" for name in heads)
+        rows.append(f"<tr{marked}><th>{step.position:+.2g}</th><td>{remarks(told, i)}</td>{cells}</tr>")
+    head = "".join(f"<td>{escape(name)}</td>" for name in ("step", "", *known))
     return f"<div class=wide><table><tr class=head>{head}</tr>{''.join(rows)}</table></div>"
 
 

@@ -97,7 +97,7 @@ def read_study(path: str | Path) -> Study:
     """
     path = Path(path)
     try:
-        design = Design(**json.loads(path.read_text(encoding="utf-8")))
+        design = Design(**json.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise MedXAIError(f"'{path}' cannot be read ({error.strerror}): give the design of a study.") from error
     except (ValueError, TypeError) as error:
@@ -123,7 +123,9 @@ def _first(error: Exception) -> str:
 
 def _check_names(path: Path, design: Design) -> None:
     for what in ("answers", "arms", "readers"):
-        name, count = Counter(getattr(design, what)).most_common(1)[0]
+        # Readers are files, and on many disks R1 is r1.
+        names = [name.lower() if what == "readers" else name for name in getattr(design, what)]
+        name, count = Counter(names).most_common(1)[0]
         if count > 1:
             raise MedXAIError(f"'{path}': '{name}' is twice among the {what}: name each once.")
     for arm in design.arms:

@@ -41,6 +41,7 @@ class Journal:
         self.events, self._last = read(self.path)
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         self._break = "\n" if torn else ""
+        self._size = self._on_disk()
         if not self.events:
             self.write("study", name=study.design.name, design=study.fingerprint, reader=reader)
         elif self.events[0].get("design") != study.fingerprint:
@@ -48,9 +49,17 @@ class Journal:
                 f"'{self.path}' was begun with another design or other cases: go on with those, or choose another "
                 "folder for the results."
             )
+        elif self.events[0].get("reader") != reader:
+            raise MedXAIError(f"'{self.path}' is the journal of '{self.events[0].get('reader')}': give that its name.")
 
     def write(self, event: str, **told: Any) -> None:
-        """Add an event; once this returns, it is on the disk."""
+        """Add an event; once this returns, it is on the disk.
+
+        Raises:
+            MedXAIError: when it cannot be written, or another program wrote to the journal since this one read it.
+        """
+        if self._on_disk() != self._size:
+            raise MedXAIError(f"Another program writes '{self.path}', too: close one, and open the study again.")
         line = {"event": event, "at": self._now().isoformat(timespec="milliseconds"), "after": self._last, **told}
         text = json.dumps(line, ensure_ascii=False)
         try:
@@ -61,10 +70,13 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             # A part of the line may be there.
-            self._break = "\n"
+            self._break, self._size = "\n", self._on_disk()
             raise MedXAIError(f"'{self.path}' cannot be written ({error.strerror}): nothing was answered.") from error
         self.events.append(line)
-        self._last, self._break = _hash(text), ""
+        self._last, self._break, self._size = _hash(text), "", self._on_disk()
+
+    def _on_disk(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     @property
     def answered(self) -> dict[int, dict[str, Any]]:

@@ -62,6 +62,8 @@ def readings(study: Study, folder: str | Path) -> list[Reading]:
         events, _ = read(Path(folder) / f"{reader}.jsonl")
         if events and events[0].get("design") != study.fingerprint:
             raise MedXAIError(f"The journal of '{reader}' in '{folder}' is of another design, or of other cases.")
+        if events and events[0].get("reader") != reader:
+            raise MedXAIError(f"'{reader}.jsonl' in '{folder}' is the journal of '{events[0].get('reader')}'.")
         of = {trial.index: trial for trial in trials(study, reader)}
         looks: dict[int, int] = {}
         for event in events:
