@@ -62,6 +62,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from MedXAISlicerLib.panels.explain import ExplainPanel
         from MedXAISlicerLib.panels.result import ResultPanel
         from MedXAISlicerLib.panels.settings import SettingsPanel
+        from MedXAISlicerLib.panels.study import StudyPanel
         from MedXAISlicerLib.panels.trust import TrustPanel
         from MedXAISlicerLib.panels.variants import VariantsPanel
         from MedXAISlicerLib.panels.words import WordsPanel
@@ -77,6 +78,8 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.explainCollapsibleButton.layout().addWidget(self.explainPanel.widget)
         self.settingsPanel = SettingsPanel(self.logic, onChanged=self._showStatus)
         self.ui.settingsCollapsibleButton.layout().addWidget(self.settingsPanel.widget)
+        self.studyPanel = StudyPanel(self.logic)
+        self.ui.studyCollapsibleButton.layout().addWidget(self.studyPanel.widget)
         self.panels = [kind(self.logic) for kind in (ResultPanel, WordsPanel, CasesPanel, VariantsPanel, TrustPanel)]
         for panel in self.panels:
             self.ui.panelsTabWidget.addTab(panel.widget, panel.title)
@@ -95,7 +98,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def cleanup(self):
         self._setParameterNode(None)
         self.removeObservers()
-        for panel in (self.explainPanel, self.settingsPanel, *self.panels):
+        for panel in (self.explainPanel, self.settingsPanel, self.studyPanel, *self.panels):
             panel.cleanup()
 
     def onReload(self):
@@ -129,7 +132,7 @@ class MedXAIWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             before.disconnectGui(self._guiTag)
             self.removeObserver(before.parameterNode, "ModifiedEvent", self._showChosen)
         self._parameterNode = parameterNode
-        for panel in (self.explainPanel, *self.panels):
+        for panel in (self.explainPanel, self.studyPanel, *self.panels):
             panel.setParameterNode(parameterNode)
         if parameterNode is not None:
             self._guiTag = parameterNode.connectParametersToGui({"explanation": self.ui.explanationSelector})

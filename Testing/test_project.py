@@ -34,6 +34,7 @@ WITHOUT_TORCH = {
     "MedXAILib",
     *(f"MedXAILib.{name}" for name in ("client", "errors", "hotspots", "protocol", "resources", "rule")),
     *(f"MedXAILib.report.{name}" for name in ("interval", "residuals")),
+    *(f"MedXAILib.study.{name}" for name in ("design", "journal")),
     "MedXAILib.textual.intervention",
     "MedXAILib.trust.finding",
 }

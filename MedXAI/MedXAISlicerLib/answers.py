@@ -79,7 +79,7 @@ def read(folder):
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
         files = [*said.get("files", []), *said.get("intervals", [])]
-        images = {name: _image(sitk.ReadImage(str(folder / name))) for name in files}
+        images = {name: arrayOf(sitk.ReadImage(str(folder / name))) for name in files}
         said["kind"], said["provenance"]["method"], said["residual"]
         beside = folder / "trust.json"
         card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
@@ -98,7 +98,8 @@ def of(explanation):
         return read(explanation.save(Path(folder) / "explanation"))
 
 
-def _image(image):
+def arrayOf(image):
+    """The array (D, H, W) or (D, H, W, C) of an image of SimpleITK, and its affine from (d, h, w) to RAS mm."""
     import SimpleITK as sitk
 
     # SimpleITK places (x, y, z) in LPS mm.
