@@ -26,7 +26,9 @@ class Condition:
         """The condition as a person says it."""
         than = "more than" if self.relation == ">" else "at most"
         name = self.feature.removesuffix(f"_{self.unit}").replace("_", " ")
-        return f"{name} is {than} {self.threshold:.3g} {self.unit}".rstrip()
+        # Three digits, and never a power of ten: HU and mm³ have thousands.
+        value = f"{self.threshold:.0f}" if abs(self.threshold) >= 999.5 else f"{self.threshold:.3g}"
+        return f"{name} is {than} {value} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,13 @@ def test_of_two_conditions_the_tighter_one_is_left() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("threshold", "said"), [(-1000.0, "-1000"), (999.7, "1000"), (1234.5678, "1235"), (14.55, "14.6")]
+)
+def test_thresholds_are_said_as_people_say_them(threshold: float, said: str) -> None:
+    assert Condition("mean_HU", ">", threshold, "HU").phrase == f"mean is more than {said} HU"
+
+
 def test_what_is_said_on_both_sides_needs_no_condition() -> None:
     """A tree splits where it makes a leaf purer, though both leaves say the same."""
     x = np.arange(60.0)[:, None]
@@ -264,6 +271,17 @@ def test_a_table_that_knows_what_the_network_said(tmp_path: Path) -> None:
     unknown = mx.tell(model(), scan(), "rules", table=str(table))
     assert not any(rule.applies for rule in unknown.rules) and "its features are not" in unknown.text
     assert unknown.rules == tuple(replace(rule, applies=False) for rule in general)
+
+
+def test_a_case_with_an_infinite_number_is_left_out(tmp_path: Path) -> None:
+    table = written(tmp_path / "cases.csv", 100)
+    lines = table.read_text(encoding="utf-8").splitlines()
+    column = lines[0].split(",").index("diameter_mm")
+    cells = lines[1].split(",")
+    cells[column] = "inf"
+    table.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]), encoding="utf-8")
+    told = mx.tell(model(), scan(), "rules", table=str(table))
+    assert any("1 cases are left out" in note for note in told.provenance.notes)
 
 
 def test_the_rule_of_the_neighbourhood(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Rules(Teller):
             raise MedXAIError(f"{model.name} names no attributes: choose of='known', or lung_nodule_semantic.")
         named = network if isinstance(network, NamesAttributes) and self.of != "known" else None
         cases = _made(list(self._known(question, named)), self.features, named)
-        whole = ~np.isnan(cases.values).any(1)
+        whole = np.isfinite(cases.values).all(1)
         if not whole.all():
             run.note(f"{(~whole).sum()} cases are left out: not all features are known of them.")
         cases = cases.part(whole)
