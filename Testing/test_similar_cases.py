@@ -477,6 +477,18 @@ def test_embedding_network_says_where_and_needs_no_target(tmp_path: Path) -> Non
     assert [case.uid for case in again.cases] == [case.uid for case in found.cases]
 
 
+def test_a_case_at_a_right_angle_is_known_again(tmp_path: Path) -> None:
+    """Another device rounds otherwise, which is much of a similarity of nearly nothing, and little of a cosine."""
+    made = model(Embedding(), task="embedding", class_names=())
+    library = stored(tmp_path, made, {"a": ((4, 1, 0), "x"), "z": ((1e-3, 4, 0), "y")})
+    (case,) = library.records({"uid": "z"})
+    vector = case.vectors["plain"]
+    library.add([replace(case, vectors={"plain": vector + np.float32([1e-6, 0, 0]) * np.linalg.norm(vector)})])
+    found = ask(made, library, scan(4, 0, 0), count=2)
+    assert uids(found, "alike") == ["a", "z"] and found.cases[1].similarity < 1e-3
+    assert found.provenance.notes == [] and found.residual["sum of map"] == pytest.approx(1e-6, rel=0.1)
+
+
 def test_shipped_network_on_oblique_scans(tmp_path: Path) -> None:
     """The similarity is the cosine of what the network's own heads see. The maps peak in the nodules, of which nobody
     told it, and on the scans' tilted and anisotropic grids, as densities, they still sum to nearly all of it."""

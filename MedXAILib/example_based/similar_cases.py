@@ -37,7 +37,7 @@ _SCORED = "cosine similarity"
 _SPACES: dict[str, Pooled] = {space.name: space for space in (Plain(), Saliency())}
 # Cases among which a network that forgot is asked.
 _FEW = 24
-# By so much of itself a similarity may change when a case is embedded again.
+# By so much a cosine may change when a case is embedded again.
 _CHANGED = 1e-3
 
 
@@ -243,7 +243,7 @@ def _seen(question: Question, record: Record, scan: Volume) -> tuple[Prepared, T
 
 
 def _missed(alike: Tensor, similarity: float) -> float:
-    return abs(float(alike.sum()) - similarity) / max(abs(similarity), 1e-6)
+    return abs(float(alike.sum()) - similarity)
 
 
 def _case(hit: Hit, role: Role, percentile: float, library: Library) -> Case:
