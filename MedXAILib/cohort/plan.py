@@ -34,7 +34,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Unit:
-    """One case by one method. Its `key` is a hash of all that decides what comes out."""
+    """One case by one method. Its `key` is a hash of all that is asked; of the scan it has the path."""
 
     key: str
     subject: Subject
