@@ -266,6 +266,14 @@ def test_remove_check_and_add_on_the_command_line(here: Path):
     assert "There is no file or folder" in checked.output
 
 
+def test_a_space_that_only_a_library_knows_is_said(here: Path):
+    model = whole_network()
+    torch.jit.script(model.network).save("network.ts")
+    Library.create("library", Embedder("f", "network.ts", "Kind", {"odd": (4, "cosine")}))
+    found = medxai("cases", "search", "library", "b.nrrd", "--space", "odd")
+    assert (found.exit_code, "There is no space 'odd'" in found.output) == (1, True), found.output
+
+
 def test_code_that_a_library_names_is_not_run_without_trust(here: Path, monkeypatch: pytest.MonkeyPatch):
     Path("from_a_stranger.py").write_text("open('ran', 'w').close()\n", encoding="utf-8")
     Library.create("library", Embedder("f", "from_a_stranger:network", "Kind", {"plain": (4, "cosine")}))

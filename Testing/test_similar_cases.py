@@ -26,6 +26,7 @@ from MedXAILib.cases.shown import part
 from MedXAILib.cases.spaces import SPACES, Plain, Saliency, contributions, fingerprint, said
 from MedXAILib.grid import corners, transform
 from MedXAILib.model import Prepared
+from MedXAILib.report.residuals import residual
 from MedXAILib.resources import path
 from MedXAILib.trust import telling
 
@@ -487,6 +488,11 @@ def test_a_case_at_a_right_angle_is_known_again(tmp_path: Path) -> None:
     found = ask(made, library, scan(4, 0, 0), count=2)
     assert uids(found, "alike") == ["a", "z"] and found.cases[1].similarity < 1e-3
     assert found.provenance.notes == [] and found.residual["sum of map"] == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["sum of map", "sum of points", "reconstruction"])
+def test_what_an_explanation_misses_is_said_in_a_sentence(name: str) -> None:
+    assert name not in residual(name).sentence(0.02) and "2.0%" in residual(name).sentence(0.02)
 
 
 def test_shipped_network_on_oblique_scans(tmp_path: Path) -> None:

@@ -123,15 +123,15 @@ def search(
     cases = _opened(library, version)
     cases.embedder.dimension(space)
     with _live(device=device) as run:
-        from MedXAILib.cases.spaces import SPACES, fingerprint
+        from MedXAILib.cases import spaces
         from MedXAILib.volume import load_volume
 
         run.step(0, 1, "Embedding the scan")
         model = _load(_network(cases, trust), trust)
         with model.ready(device):
             seen = model.prepare(load_volume(volume if len(volume) > 1 else volume[0]), corner)
-            vector = SPACES[space].embed(model, seen.x[None])[0].numpy()
-        hits = cases.search(vector, count, space, held, not_patient, fingerprint(model))
+            vector = spaces.space(space).embed(model, seen.x[None])[0].numpy()
+        hits = cases.search(vector, count, space, held, not_patient, spaces.fingerprint(model))
     Console(highlight=False).print(_found(hits))
 
 

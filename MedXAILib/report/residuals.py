@@ -63,6 +63,23 @@ _KNOWN = {
         good=0.2,
         fair=0.5,
     ),
+    "sum of map": Residual(
+        "what each place adds should sum to the similarity of the two scans; at most it misses it by {missed} of that "
+        "of a scan with itself",
+        "Sum of map: a similarity is shared out among the places of a scan, no more and no less. Where it is missed by "
+        "much, the scan of a case is no longer the one that is in the library, which a note tells.",
+    ),
+    "sum of points": Residual(
+        "the points of all prototypes should add up to the network's answer; they miss it by {missed}",
+        "Sum of points: the network makes its answer of how like the scan is to its prototypes, and of nothing else.",
+    ),
+    "reconstruction": Residual(
+        "the generative network misses the scan by {missed} of its grey scale when it draws it",
+        "Reconstruction: what the network cannot draw it cannot change either, so that the images say less about this "
+        "scan. Of hardly any scan that the default generator learnt from does it miss more than 13 %.",
+        good=0.06,
+        fair=0.13,
+    ),
 }
 
 
