@@ -1,32 +1,19 @@
 """The panel that asks: which network, which scan, where, which answer, by which method."""
 
-import qt
 import slicer
 from slicer.i18n import tr as _
 
 from MedXAISlicerLib import asking, install, method_parameters, regions, results, settings, workers
 from MedXAISlicerLib.panels import progress
 from MedXAISlicerLib.panels.label_chooser import LabelChooser
-from MedXAISlicerLib.panels.method_words import described
+from MedXAISlicerLib.panels.method_words import described, listed
 from MedXAISlicerLib.panels.model_chooser import ModelChooser, forPerson, trusts
 from MedXAISlicerLib.panels.panel import Panel
 from MedXAISlicerLib.panels.parameter_form import ParameterForm
 
-_ANSWERS = {
-    "SaliencyMap": _("Where: a map"),
-    "Caption": _("In words: a caption"),
-    "ConceptScores": _("In words: concepts"),
-    "SimilarCases": _("By example: similar cases"),
-    "Traversal": _("By example: variants of the scan"),
-    "RuleSet": _("In words: rules"),
-}
-
 # The formats of parameters that say where, or by which examples: they are part of the question, and not of how it is
 # answered.
 _ASKED = ("region", "mask", "file", "folder")
-
-# A role that Qt itself reads the flags of an item from: 0 makes it a heading.
-_FLAGS = qt.Qt.UserRole - 1
 
 
 class ExplainPanel(Panel):
@@ -88,22 +75,9 @@ class ExplainPanel(Panel):
     # What can be chosen
 
     def _fillMethods(self):
-        """List the methods by what they answer with."""
-        box = self.ui.methodSelector
-        box.blockSignals(True)
-        box.clear()
-        for kind, heading in _ANSWERS.items():
-            of_it = [m for m in self.logic.methods.values() if m["kind"] == kind]
-            if not of_it:
-                continue
-            box.addItem(heading)
-            box.setItemData(box.count - 1, 0, _FLAGS)
-            for method in of_it:
-                box.addItem(method["title"], method["id"])
-                box.setItemData(box.count - 1, described(method), qt.Qt.ToolTipRole)
-        box.blockSignals(False)
+        listed(self.ui.methodSelector, self.logic.methods.values())
         if self.parameterNode is not None:
-            self._select(box, self.parameterNode.method)
+            self._select(self.ui.methodSelector, self.parameterNode.method)
             self._showMethod()
             self._update()
         self._onReady()

@@ -63,10 +63,7 @@ class VariantsPanel(Panel):
         self.ui.cohortButton.visible = bool(said["cohort"]) and said["path"] is not None
         if not self.ui.cohortButton.isHidden():
             self.cohortMap.show(said)
-            self.ui.legendLabel.text = "&nbsp;&nbsp; ".join(
-                f'<span style="color: {colour}">●</span> {escape(label)}'
-                for label, colour in colourOf(said["cohort"]).items()
-            )
+            self.ui.legendLabel.text = _legend(said["cohort"])
             self._onCase(None)
         self._showStep()
         self._refreshButton()
@@ -147,3 +144,9 @@ class VariantsPanel(Panel):
             if case is None
             else _("Case {uid}: {label}").format(uid=case["uid"], label=case["label"])
         )
+
+
+def _legend(cohort):
+    """Which colour is which label."""
+    dots = (f'<span style="color: {colour}">●</span> {escape(label)}' for label, colour in colourOf(cohort).items())
+    return "&nbsp;&nbsp; ".join(dots)
