@@ -28,7 +28,7 @@ def write_dicom(explanation: Explanation, source: Path, folder: Path, card: Trus
     """Write `explanation` to `folder`, whole or not at all, as results of the DICOM series in `source`.
 
     Each of its maps becomes a Parametric Map (`map-0.dcm` ...) and a Segmentation of its hot spots (`hot-spots-0.dcm`
-    ...), and all that is told a Structured Report (`report.dcm`, TID 1500) that refers to them.
+    ...), and all that is told a Structured Report (`report.dcm`, TID 1500) that refers to the hot spots.
 
     Raises:
         MedXAIError: when the explanation is of another grid than the series, or of a batch; when highdicom is missing,
