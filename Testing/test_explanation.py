@@ -283,7 +283,7 @@ def test_maps_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(mx.MedXAIError, match=r"\(K, D, H, W\)"):
         caption(maps=torch.zeros(2, 3, 4))
     for wrong in ({"query_map": torch.zeros(3, 4, 5)}, {"affine": None}):
-        with pytest.raises(mx.MedXAIError, match="query's map"):
+        with pytest.raises(mx.MedXAIError, match="Maps of the query"):
             similar(**wrong)
 
 

@@ -75,12 +75,12 @@ class Influence(Teller):
         "by one step on each case (tracin) or by a linear model of it (trak)",
     )
     count: int = Field(3, ge=1, description="cases to show for, and as many against")
-    damping: float | None = Field(
-        None,
-        gt=0,
+    damping: float = Field(
+        0,
+        ge=0,
         description="how strongly weights are held near zero: half of this times their squares comes to the mean loss "
-        f"of the last layer ({DAMPING:g} when left out); so often comes its mean eigenvalue to the kernel of trak "
-        f"({TRAK_DAMPING:g})",
+        "of the last layer; so often comes its mean eigenvalue to the kernel of trak; 0 takes "
+        f"{DAMPING:g} and {TRAK_DAMPING:g}",
     )
     checkpoints: Names = Field(
         (),
