@@ -106,11 +106,7 @@ def opened(path: str | Path, model: Model, sources: Iterable[Source], run: Run) 
     if not Library.is_at(path):
         return Library.create(path, _embedder(model, sources, run))
     library = Library.open(path)
-    if library.embedder.fingerprint != fingerprint(model):
-        raise MedXAIError(
-            f"The library '{library.path}' was embedded by {library.embedder.name} ({library.embedder.model}), and "
-            "this is another network, or that one with other weights or preprocessing: give another folder."
-        )
+    library.require(fingerprint(model), "give another folder")
     return library
 
 

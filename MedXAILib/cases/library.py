@@ -177,6 +177,18 @@ class Library:
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
+    def require(self, embedder: str, remedy: str) -> None:
+        """Refuse another network than made the vectors, by its fingerprint; `remedy` says what to do.
+
+        Raises:
+            MedXAIError: when it is another.
+        """
+        if self.embedder.fingerprint != embedder:
+            raise MedXAIError(
+                f"The library '{self.path}' was embedded by {self.embedder.name} ({self.embedder.model}), and this is "
+                f"another network, or that one with other weights or preprocessing: {remedy}."
+            )
+
     def pseudonym(self, name: str) -> str:
         """What stands for the name of a patient or a scan in this library: always the same, and nobody can say what it
         stands for without the library's key, the folder ``pseudonyms.lance`` in it."""

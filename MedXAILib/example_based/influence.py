@@ -27,21 +27,22 @@ from MedXAILib.cases.spaces import Plain, fingerprint, said
 from MedXAILib.cases.teaching import DAMPING, Refit, influence_by_group
 from MedXAILib.engines.training_gradients import LENGTH, TRAK_DAMPING, TrainingGradients, answer, trak
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Folder, Names, Question, Taxonomy, Teller
+from MedXAILib.example_based.library_method import LibraryMethod, shown_among_others
+from MedXAILib.explainer import Folder, Names, Question, Taxonomy
 from MedXAILib.explanation import Explanation
 from MedXAILib.similar_cases import Case, Role, SimilarCases
 from MedXAILib.target import ClassTarget, RegressionTarget
 from MedXAILib.volume import Volume
 
-# Cases among which a network that forgot is asked.
-_FEW = 24
 # Of so many cases at least is a group whose influence is told, and the greatest so many are.
 _FEWEST, _TOLD = 5, 4
+# Of more labels than this only the sum over all is told.
+_LABELS = 24
 # A last layer that says otherwise more often than this is another one than the network's.
 _ALIKE = 0.9
 
 
-class Influence(Teller):
+class Influence(LibraryMethod):
     """Learning from which cases speaks for what the network says of this scan, and learning from which against it?
 
     The influence of a case on a score is by how much the score would be lower, had the network not learnt from it. That
@@ -68,7 +69,6 @@ class Influence(Teller):
         description="library of the cases that were learnt from, as medxai cases build makes them; demonstration "
         "nodules when left out",
     )
-    version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     by: Literal["last layer", "tracin", "trak"] = Field(
         "last layer",
         description="whose learning: the last layer's, learnt anew from the library; or the whole network's, estimated "
@@ -100,18 +100,12 @@ class Influence(Teller):
     def asked_again(cls, told: Explanation) -> Mapping[str, Any]:
         # Another network embeds otherwise. It is asked for the influences of a few cases, those that were among them.
         assert isinstance(told, SimilarCases)
-        made = told.provenance
-        shown = [case.uid for case in told.cases]
-        library = Library.open(made.parameters["library"], made.parameters["version"])
-        others = sorted(set(library.uids()).difference(shown))
-        drawn = np.random.default_rng(made.seed).permutation(others)[: max(_FEW - len(shown), 1)]
-        return {"among": (*shown, *drawn.tolist()), "checkpoints": ()}
+        return {"among": shown_among_others(told), "checkpoints": ()}
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         run = question.run
         score = _Score.of(question)
-        library = self._opened(question)
-        run.settled |= {"library": library.path, "version": library.version}
+        library = self.opened(question)
         run.step(0, 1, self.title)
         taught = self._taught(question, library, score)
         found = self._learnt(question, library, taught, score)
@@ -129,21 +123,11 @@ class Influence(Teller):
             text=" ".join([*says, found.how, _sums(taught, found.influences, score.name)]),
         )
 
-    def _opened(self, question: Question) -> Library:
-        if self.library:
-            return Library.open(self.library, self.version or None)
-        from MedXAILib.cases.demo import demo_library
-
-        return demo_library(question.model, question.run)
-
     def _taught(self, question: Question, library: Library, score: _Score) -> _Taught:
         """The cases that the network could have learnt from."""
         model = question.model
-        if not self.among and library.embedder.fingerprint != fingerprint(model):
-            raise MedXAIError(
-                f"The library '{library.path}' was embedded by {library.embedder.name} ({library.embedder.model}), and "
-                "this is another network, or that one with other weights or preprocessing: build a library with it."
-            )
+        if not self.among:
+            library.require(fingerprint(model), "build a library with it")
         every = library.records({"uid": set(self.among)} if self.among else None, whole=False)
         answers = [answer(model, record.label, score.outputs) for record in every]
         rows = [i for i, one in enumerate(answers) if one is not None]
@@ -332,7 +316,7 @@ def _case(question: Question, library: Library, record: Record, role: Role, infl
 def _sums(taught: _Taught, influences: np.ndarray, score: str) -> str:
     """What the cases of each label come to."""
     of_labels = [g for g in influence_by_group(taught.records, influences, ()) if not g.what]
-    if len(of_labels) > _FEW:
+    if len(of_labels) > _LABELS:
         return f"Together they add {influences.sum():+.2g} to {score}."
     each = ", ".join(f"{g.count} {g.label} {g.sum:+.2g}" for g in sorted(of_labels, key=lambda g: -g.sum))
     return f"To {score} they add together: {each}."

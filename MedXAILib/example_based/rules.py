@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from MedXAILib.cases.library import Library
 from MedXAILib.cases.record import Record
 from MedXAILib.cases.spaces import fingerprint, said
 from MedXAILib.engines.rule_fit import Cases, covers, grown, halves, judged, nearest
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.explainer import Folder, Names, Question, Taxonomy, Teller
+from MedXAILib.example_based.library_method import LibraryMethod
+from MedXAILib.explainer import Folder, Names, Question, Taxonomy
 from MedXAILib.explanation import Explanation
 from MedXAILib.rule import Rule
 from MedXAILib.rule_set import RuleSet
@@ -39,7 +39,7 @@ _NO_FEATURES = ("volume", "region", "label", "patient", "uid", "said", "split", 
 """Columns of a table with a meaning of their own."""
 
 
-class Rules(Teller):
+class Rules(LibraryMethod):
     """When does the network say what, for all cases and for those near this one?
 
     A tree on half of the patients chooses the rules, and the other half judges them: how many cases a rule covers
@@ -67,7 +67,6 @@ class Rules(Teller):
         description="library of cases of this network, as medxai cases build makes them; demonstration nodules "
         "when left out",
     )
-    version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     table: str = Field(
         "", description="CSV file in place of a library: volume, label, patient, what the network said, and numbers"
     )
@@ -124,16 +123,13 @@ class Rules(Teller):
         if self.table:
             yield from self._listed(question, named)
             return
-        from MedXAILib.cases.demo import demo_library
-
         run, model = question.run, question.model
-        library = Library.open(self.library, self.version or None) if self.library else demo_library(model, run)
+        library = self.opened(question)
         if library.embedder.fingerprint != fingerprint(model):
             raise MedXAIError(
                 f"The library '{library.path}' is of {library.embedder.name}, and knows what that says: give one that "
                 f"{model.name} embedded."
             )
-        run.settled |= {"library": library.path, "version": library.version}
         records = library.records(whole=False)
         for i, record in enumerate(records):
             run.step(i, len(records), self.title)

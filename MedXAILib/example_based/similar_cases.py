@@ -25,7 +25,8 @@ from MedXAILib.cases.shown import part
 from MedXAILib.cases.space import Places
 from MedXAILib.cases.spaces import Plain, Pooled, Saliency, fingerprint, said
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explainer import Folder, Names, Question, Taxonomy, Teller
+from MedXAILib.example_based.library_method import LibraryMethod, shown_among_others
+from MedXAILib.explainer import Folder, Names, Question, Taxonomy
 from MedXAILib.explanation import Explanation
 from MedXAILib.grid import resample
 from MedXAILib.model import Prepared
@@ -35,13 +36,11 @@ from MedXAILib.volume import Volume
 
 _SCORED = "cosine similarity"
 _SPACES: dict[str, Pooled] = {space.name: space for space in (Plain(), Saliency())}
-# Cases among which a network that forgot is asked.
-_FEW = 24
 # By so much a cosine may change when a case is embedded again.
 _CHANGED = 1e-3
 
 
-class SimilarCaseSearch(Teller):
+class SimilarCaseSearch(LibraryMethod):
     """Which other scans are like this one to the network, what does it say of them, and is it right about them?
 
     Similarity is the cosine between embeddings. These are sums over the places of a layer's grid, and so is the cosine:
@@ -69,7 +68,6 @@ class SimilarCaseSearch(Teller):
         description="library of cases that this network embedded, as medxai cases build makes them; demonstration "
         "nodules when left out",
     )
-    version: int = Field(0, ge=0, description="version of the library; 0 is the newest")
     count: int = Field(4, ge=1, description="nearest cases to show of which the network says the same")
     unlike: int = Field(2, ge=0, description="nearest cases to show of which the network says otherwise")
     mistaken: int = Field(1, ge=0, description="nearest other cases to show about which the network is wrong")
@@ -89,17 +87,11 @@ class SimilarCaseSearch(Teller):
     def asked_again(cls, told: Explanation) -> Mapping[str, Any]:
         # Another network embeds otherwise. It is asked which of a few cases are similar, those that were among them.
         assert isinstance(told, SimilarCases)
-        made = told.provenance
-        shown = [case.uid for case in told.cases]
-        library = Library.open(made.parameters["library"], made.parameters["version"])
-        others = sorted(set(library.uids()).difference(shown))
-        drawn = np.random.default_rng(made.seed).permutation(others)[: max(_FEW - len(shown), 1)]
-        return {**cls.bare, "among": (*shown, *drawn.tolist())}
+        return {**cls.bare, "among": shown_among_others(told)}
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         run, space = question.run, _SPACES[self.space]
-        library = self._opened(question)
-        run.settled |= {"library": library.path, "version": library.version}
+        library = self.opened(question)
         run.step(0, 1, self.title)
         here = self._places(question, question.x)
         query = self._query(question, volume, here.vectors[0])
@@ -137,13 +129,6 @@ class SimilarCaseSearch(Teller):
             scored=_SCORED,
             text=_text(query.says, found),
         )
-
-    def _opened(self, question: Question) -> Library:
-        if self.library:
-            return Library.open(self.library, self.version or None)
-        from MedXAILib.cases.demo import demo_library
-
-        return demo_library(question.model, question.run)
 
     def _query(self, question: Question, volume: Volume, vector: Tensor) -> Query:
         model = question.model
