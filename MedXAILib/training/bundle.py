@@ -154,6 +154,35 @@ def write_scorer(
     )
 
 
+def write_generator(
+    folder: Path, network: nn.Module, arguments: Mapping[str, Any], size: int = SIZE, **other: Any
+) -> None:
+    """Write the bundle of a network that `arguments` build, and that makes patches of `size` voxels a side (see
+    `write_bundle`)."""
+    kind = type(network)
+    write_bundle(
+        folder,
+        network,
+        definition={"_target_": f"{kind.__module__}.{kind.__name__}", **arguments},
+        inferer={"_target_": "SimpleInferer"},
+        postprocessing=[],
+        handlers=[],
+        output={
+            "type": "image",
+            "format": "hounsfield",
+            "num_channels": 1,
+            "spatial_shape": [size] * 3,
+            "dtype": "float32",
+            "value_range": [0, 1],
+            "is_patch_data": True,
+            "channel_def": {"0": "image"},
+        },
+        layers=[],
+        grid=Grid(size=size),
+        **other,
+    )
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

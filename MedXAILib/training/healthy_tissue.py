@@ -12,7 +12,7 @@ from MedXAILib import resources
 from MedXAILib.loading import load_model
 from MedXAILib.networks.healthy_tissue import CELL, HealthyTissue, smoothed
 from MedXAILib.synthetic.lung_nodules import CLASSES, HU_RANGE, SIZE, SPACING_MM, Backgrounds, Nodules
-from MedXAILib.training.bundle import write_bundle
+from MedXAILib.training.bundle import write_generator
 from MedXAILib.training.trainer import Recipe
 from MedXAILib.visual.baseline import blurred
 
@@ -166,34 +166,14 @@ def real(network: HealthyTissue, scan: Backgrounds) -> dict[str, float]:
 
 def publish(network: nn.Module, metrics: dict[str, float], folder: Path) -> None:
     """Write the bundle."""
-    write_bundle(
-        folder,
-        network,
-        definition={"_target_": "MedXAILib.networks.healthy_tissue.HealthyTissue"},
-        inferer={"_target_": "SimpleInferer"},
-        postprocessing=[],
-        handlers=[],
-        about={
-            "name": "Healthy lung",
-            "task": "Filling hidden places of lung CT with healthy tissue",
-            "description": "What healthy lung could stand where a perturbation takes something away. Hidden voxels are "
-            "those below 0.",
-            "intended_use": "Infills of explanation methods that take parts of a scan away. Not for diagnosis.",
-        },
-        output={
-            "type": "image",
-            "format": "hounsfield",
-            "num_channels": 1,
-            "spatial_shape": [SIZE] * 3,
-            "dtype": "float32",
-            "value_range": [0, 1],
-            "is_patch_data": True,
-            "channel_def": {"0": "image"},
-        },
-        layers=[],
-        card=_CARD.format(**metrics),
-        metrics=metrics,
-    )
+    about = {
+        "name": "Healthy lung",
+        "task": "Filling hidden places of lung CT with healthy tissue",
+        "description": "What healthy lung could stand where a perturbation takes something away. Hidden voxels are "
+        "those below 0.",
+        "intended_use": "Infills of explanation methods that take parts of a scan away. Not for diagnosis.",
+    }
+    write_generator(folder, network, {}, about=about, card=_CARD.format(**metrics), metrics=metrics)
 
 
 _CARD = """# Healthy lung

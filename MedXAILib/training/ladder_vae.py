@@ -11,8 +11,10 @@ from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 from torch import Tensor
 
 from MedXAILib.networks.ladder_vae import LadderVAE
+from MedXAILib.networks.vae import SIZE
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Nodules
 from MedXAILib.training import vae
+from MedXAILib.training.bundle import write_generator
 from MedXAILib.training.lung_nodule import begin_as_shipped
 from MedXAILib.training.trainer import Recipe
 
@@ -92,7 +94,8 @@ def publish(network: LadderVAE, metrics: dict[str, float], folder: Path) -> None
         "nodules.",
         "intended_use": "The explanation method `latent`. Not for diagnosis.",
     }
-    vae.write_generator(folder, network, arguments, about=about, card=_CARD.format(**metrics), metrics=metrics)
+    told = _CARD.format(**metrics)
+    write_generator(folder, network, arguments, SIZE, about=about, card=told, metrics=metrics)
 
 
 _CARD = """# Nodules on a map

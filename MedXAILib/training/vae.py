@@ -21,7 +21,7 @@ from MedXAILib.loading import load_model
 from MedXAILib.networks.vae import SIZE, VAE, Autoencoder
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, HU_RANGE, SPACING_MM, Backgrounds, Nodules, synthesise
 from MedXAILib.synthetic.lung_nodules import SIZE as PATCH
-from MedXAILib.training.bundle import Grid, write_bundle
+from MedXAILib.training.bundle import write_generator
 from MedXAILib.training.lung_nodule import begin_as_shipped
 from MedXAILib.training.trainer import Recipe
 
@@ -316,32 +316,6 @@ def real(network: VAE, scan: Backgrounds) -> dict[str, float]:
     }
 
 
-def write_generator(folder: Path, network: Autoencoder, arguments: dict[str, Any], **told: Any) -> None:
-    """Write the bundle of a generative network that `arguments` build."""
-    kind = type(network)
-    write_bundle(
-        folder,
-        network,
-        definition={"_target_": f"{kind.__module__}.{kind.__name__}", **arguments},
-        inferer={"_target_": "SimpleInferer"},
-        postprocessing=[],
-        handlers=[],
-        output={
-            "type": "image",
-            "format": "hounsfield",
-            "num_channels": 1,
-            "spatial_shape": [SIZE] * 3,
-            "dtype": "float32",
-            "value_range": [0, 1],
-            "is_patch_data": True,
-            "channel_def": {"0": "image"},
-        },
-        layers=[],
-        grid=Grid(size=SIZE),
-        **told,
-    )
-
-
 def publish(card: dict[str, str], network: VAE, metrics: dict[str, float], folder: Path) -> None:
     """Write the bundle."""
     arguments = {
@@ -357,7 +331,8 @@ def publish(card: dict[str, str], network: VAE, metrics: dict[str, float], folde
         "otherwise. It learnt from computed nodules.",
         "intended_use": "The explanation method `latent`. Not for diagnosis.",
     }
-    write_generator(folder, network, arguments, about=about, card=_CARD.format(**card, **metrics), metrics=metrics)
+    told = _CARD.format(**card, **metrics)
+    write_generator(folder, network, arguments, SIZE, about=about, card=told, metrics=metrics)
 
 
 _CARD = """# {title}
