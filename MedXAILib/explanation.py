@@ -66,6 +66,11 @@ class Explanation(ABC):
     provenance: Provenance
     residual: dict[str, float]
 
+    @property
+    def in_words(self) -> str:
+        """Its text; "" of a kind that has none."""
+        return getattr(self, "text", "")
+
     def save(self, folder: str | Path, image_format: ImageFormat = "nrrd") -> Path:
         """Write it to `folder`, whole or not at all. An explanation that is there already is replaced.
 

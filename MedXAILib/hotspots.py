@@ -26,6 +26,11 @@ class HotSpot:
     mean: float
     maximum: float
 
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.share:.0%} of what speaks for it"
+
 
 def find(array: np.ndarray, shares: Sequence[float] = SHARES) -> list[HotSpot]:
     """The hot spots of an array (D, H, W), on any thread. One without positive values has empty ones."""

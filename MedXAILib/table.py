@@ -1,14 +1,20 @@
-"""Tables that people write, a CSV file with a row for each scan, and what is wrong with them."""
+"""Tables: those that people write, a CSV file with a row for each scan, and what is wrong with them."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from MedXAILib.errors import MedXAIError
+
+
+def write_rows(path: Path, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file, UTF-8."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([heads, *rows])
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def addHotSpots(mapNode, found=None):
         inner = rank / max(1, len(found) - 1)
         colour = (1 - inner) * _OUTER + inner * _INNER
         segmentId = segmentationNode.AddSegmentFromBinaryLabelmapRepresentation(
-            _labelmap(mapNode, spot), _name(spot), colour.tolist()
+            _labelmap(mapNode, spot), spot.name, colour.tolist()
         )
         # An outer shell must let the inner ones be seen.
         displayNode.SetSegmentOpacity3D(segmentId, (rank + 1) / len(found))
@@ -45,10 +45,6 @@ def addHotSpots(mapNode, found=None):
     results.setPart(mapNode, "HotSpots", segmentationNode)
     results.setPart(mapNode, "Statistics", _addTable(mapNode, segmentationNode.GetName(), found))
     return segmentationNode
-
-
-def _name(spot):
-    return f"{spot.share:.0%} of what speaks for it"
 
 
 def _labelmap(mapNode, spot):
@@ -71,7 +67,7 @@ def _addTable(mapNode, name, found):
     first = vtk.vtkStringArray()
     first.SetName("Hot spot")
     for spot in found:
-        first.InsertNextValue(_name(spot))
+        first.InsertNextValue(spot.name)
     tableNode.AddColumn(first)
     rows = [
         (spot.voxels * voxelVolume, spot.mean, spot.maximum, spot.threshold if spot.voxels else 0) for spot in found

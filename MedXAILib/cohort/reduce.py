@@ -3,7 +3,6 @@ and whether that differs between groups. It follows from the results alone, take
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from MedXAILib.cohort.work import RESULTS, receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import SaliencyMap, load_explanation
 from MedXAILib.run import Run
+from MedXAILib.table import write_rows
 from MedXAILib.volume import Volume
 
 _DRAWS = 2000
@@ -114,10 +114,10 @@ def write(overall: Overall, groups: Sequence[Share], folder: Path) -> None:
         sitk.WriteImage(image, str(folder / f"{overall.method}-{name}.nrrd"), useCompression=True)
     regions = sorted({region for shares in overall.shares.values() for region in shares})
     cases = [[uid, *(shares[region] for region in regions)] for uid, shares in overall.shares.items()]
-    _csv(folder / f"{overall.method}-cases.csv", ["case", *regions], cases)
+    write_rows(folder / f"{overall.method}-cases.csv", ["case", *regions], cases)
     heads = ["region", "group", "cases", "mean", "low", "high"]
     rows = [[s.region, s.group, s.cases, s.mean, s.low, s.high] for s in groups]
-    _csv(folder / f"{overall.method}-regions.csv", heads, rows)
+    write_rows(folder / f"{overall.method}-regions.csv", heads, rows)
 
 
 def _placed(folder: Path, units: Sequence[Unit], template: Volume, run: Run) -> Iterator[tuple[Subject, Tensor]]:
@@ -152,8 +152,3 @@ def _shares(values: Tensor, labels: Tensor, names: Mapping[int, str]) -> dict[st
         names.get(label, f"label {label}") if label else "outside": share
         for label, share in zip(there.tolist(), sums.tolist(), strict=True)
     }
-
-
-def _csv(path: Path, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([heads, *rows])

@@ -38,7 +38,7 @@ def segmentation(
     segments = [
         SegmentDescription(
             segment_number=i,
-            segment_label=label(spot),
+            segment_label=spot.name,
             # What a network looked at is a place. It is no anatomy, and no finding.
             segmented_property_category=codes.SCT.SpatialAndRelationalConcept,
             segmented_property_type=made_by.coded("Hot spot of an attribution"),
@@ -61,8 +61,3 @@ def segmentation(
         **made_by.instance(series_number),
         **made_by.equipment(made),
     )
-
-
-def label(spot: HotSpot) -> str:
-    """What a hot spot is called."""
-    return f"{spot.share:.0%} of what speaks for it"

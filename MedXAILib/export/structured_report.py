@@ -7,24 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from MedXAILib import __version__
-from MedXAILib.caption import Caption
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.explanation import Explanation, Provenance
 from MedXAILib.export import made_by
-from MedXAILib.export.segmentation import label
 from MedXAILib.export.series import Series
 from MedXAILib.hotspots import HotSpot
+from MedXAILib.report.page import RESEARCH_ONLY
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
-from MedXAILib.traversal import Traversal
 from MedXAILib.trust.card import TrustCard
 from MedXAILib.trust.finding import COLOURS
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
     from highdicom.sr import Comprehensive3DSR
-
-RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
 
 Spots = Sequence[tuple["Segmentation", Sequence[HotSpot], float]]
 """Segmentations with the hot spots that are their segments, and the volume of a voxel in mm³."""
@@ -56,13 +52,12 @@ def structured_report(
         ],
         title=codes.DCM.ImagingMeasurementReport,
     )
-    names = ("manufacturer",)
     return Comprehensive3DSR(
         evidence=[*series.slices, *(one for one, *_ in spots)],
         content=content[0],
         is_complete=True,
         series_description=made_by.long_string(f"{made.title or made.method}: {made.target_label}"),
-        **{name: made_by.equipment(made)[name] for name in names},
+        manufacturer=made_by.equipment(made)["manufacturer"],
         **made_by.instance(series_number),
     )
 
@@ -79,7 +74,7 @@ def _hot_spots(made: Provenance, spots: Spots) -> Iterator[Any]:
                 _measure(made_by.coded("Attribution"), spot.maximum, derivation=codes.SCT.Maximum),
             ]
             segment = ReferencedSegment.from_segmentation(segmentation, number)
-            yield _group(made, "Hot spot of an attribution", label(spot), measured, segment=segment)
+            yield _group(made, "Hot spot of an attribution", spot.name, measured, segment=segment)
 
 
 def _scores(explanation: Explanation) -> Iterator[Any]:
@@ -98,8 +93,7 @@ def _scores(explanation: Explanation) -> Iterator[Any]:
 
 
 def _lines(explanation: Explanation) -> list[str]:
-    text = isinstance(explanation, Caption | ConceptScores | SimilarCases | Traversal | RuleSet) and explanation.text
-    lines = [RESEARCH_ONLY, *([text] if text else []), *map(made_by.without_folders, explanation.provenance.notes)]
+    lines = [RESEARCH_ONLY, explanation.in_words, *map(made_by.without_folders, explanation.provenance.notes)]
     if isinstance(explanation, RuleSet):
         lines += [rule.sentence for rule in explanation.rules]
     return lines

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from rich import box
 from rich.table import Table
 
-from MedXAILib.caption import Caption
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.explanation import Explanation
 from MedXAILib.plain_text import plain
@@ -22,8 +21,8 @@ _MOST_STEPS = 4
 
 def told(found: Explanation) -> Iterator[str | Table]:
     """Its text, then what else there is."""
-    if isinstance(found, Caption | ConceptScores | SimilarCases | Traversal | RuleSet) and found.text:
-        yield found.text
+    if found.in_words:
+        yield found.in_words
     if isinstance(found, ConceptScores):
         yield _concepts(found)
     elif isinstance(found, SimilarCases):

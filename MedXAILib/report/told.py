@@ -75,4 +75,5 @@ def told_page(
 
 _STYLE = """
 .told { font-size: 1.2rem; line-height: 1.6; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .head td { color: var(--faint); font-size: .85rem; }
 """

@@ -125,6 +125,5 @@ def _way(points: Sequence[Sequence[float]], here: int) -> str:
 
 
 _STYLE = """
-.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .head td { color: var(--faint); font-size: .85rem; }
 .cohort { width: 26rem; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
 """

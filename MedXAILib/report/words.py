@@ -127,8 +127,7 @@ def _alike(told: ConceptScores) -> str:
 _STYLE = """
 .seen { border-bottom: 2px solid #b45309; }
 .unsure { font-style: italic; color: var(--faint); } .refused { color: var(--faint); }
-.wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide .refused { white-space: normal; }
-.head td { color: var(--faint); font-size: .85rem; }
+.wide .refused { white-space: normal; }
 .axis { position: relative; display: block; width: 14rem; height: .8rem; margin-top: .35rem;
         background: linear-gradient(var(--line), var(--line)) center / 1px 100% no-repeat; }
 .axis span { position: absolute; top: 0; bottom: 0; border-radius: 2px; }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +20,11 @@ def order(
     """Write who sees what, and when: for those who run the study, and for nobody who reads."""
     from MedXAILib.study.allocation import table
     from MedXAILib.study.design import read_study
+    from MedXAILib.table import write_rows
 
     study = read_study(design)
     heads, rows = table(study)
-    with out.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([heads, *rows])
+    write_rows(out, heads, rows)
     typer.echo(
         f"{len(study.design.readers)} readers, {len(study.cases)} cases, {len(rows)} trials (design "
         f"{study.fingerprint}): {out}"

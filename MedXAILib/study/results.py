@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.study.allocation import trials
 from MedXAILib.study.design import Study, parts
 from MedXAILib.study.journal import read
+from MedXAILib.table import write_rows
 
 _DRAWS = 1000
 
@@ -137,12 +137,12 @@ def write(study: Study, found: Sequence[Reading], folder: Path) -> None:
     programs for multi-reader multi-case analysis of the FDA read."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(Reading.__dataclass_fields__)
-    _csv(folder / "readings.csv", names, ([getattr(row, name) for name in names] for row in found))
-    _csv(folder / "columns.csv", ["column", "meaning"], _COLUMNS.items())
+    write_rows(folder / "readings.csv", names, ([getattr(row, name) for name in names] for row in found))
+    write_rows(folder / "columns.csv", ["column", "meaning"], _COLUMNS.items())
     sought = study.design.answers[-1]
     truth = [("-1", case.uid, "0", int(case.truth == sought)) for case in study.cases]
     heads = ["readerID", "caseID", "modalityID", "score"]
-    _csv(folder / "imrmc.csv", heads, [*truth, *((r.reader, r.case, r.arm, r.rating) for r in found)])
+    write_rows(folder / "imrmc.csv", heads, [*truth, *((r.reader, r.case, r.arm, r.rating) for r in found)])
 
 
 def alpha(units: Sequence[Sequence[str]]) -> float:
@@ -195,13 +195,6 @@ def _auc(positive: Sequence[bool], ratings: Sequence[float], weights: np.ndarray
     if len(set(yes[counted].tolist())) < 2:
         return float("nan")
     return float(roc_auc_score(yes, ratings, sample_weight=weights))
-
-
-def _csv(path: Path, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(heads)
-        writer.writerows(rows)
 
 
 _COLUMNS = {
