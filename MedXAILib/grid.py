@@ -21,6 +21,11 @@ def transform(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ affine[:-1, :-1].T + affine[:-1, -1]
 
 
+def middle(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """The middle of a grid of `shape`, in RAS mm, (rank,)."""
+    return transform(affine, (np.array(shape) - 1) / 2)
+
+
 def shifted(affine: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The affine of the part of a grid that begins at array index `start`."""
     moved = affine.copy()

@@ -20,7 +20,7 @@ from MedXAILib.cases.recall import Metric
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.spaces import SPACES, Plain, fingerprint, said
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory
-from MedXAILib.grid import transform
+from MedXAILib.grid import middle
 from MedXAILib.model import Model, Prepared
 from MedXAILib.report.montage import View
 from MedXAILib.run import Run
@@ -268,10 +268,9 @@ def thumbnail(seen: Prepared, channel: int = 0) -> bytes:
     stored = seen.affine[:-1, :-1][:, ::-1] / np.array(seen.spacing)[::-1]
     axes = stored if len(shape) == 2 else np.diag([-1.0, -1.0, 1.0])
     size = float(max(shape * seen.spacing))
-    middle = transform(seen.affine, (shape - 1) / 2)
     image = Volume(seen.x[channel : channel + 1], seen.affine).to_sitk()
     low, high = (float(end) for end in seen.x[channel].aminmax())
-    plane = View("Axial", axes, middle, size / THUMBNAIL, THUMBNAIL).sample(image, low)
+    plane = View("Axial", axes, middle(shape.tolist(), seen.affine), size / THUMBNAIL, THUMBNAIL).sample(image, low)
     grey = (255 * (plane.astype(float) - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "PNG")

@@ -24,7 +24,7 @@ from MedXAILib.engines.nodule_size import diameter
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explainer import Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
-from MedXAILib.grid import resample, transform
+from MedXAILib.grid import middle, resample
 from MedXAILib.loading import load_model
 from MedXAILib.model import Model, Prepared
 from MedXAILib.networks.vae import Autoencoder
@@ -215,7 +215,7 @@ class _Scan:
                 f"{generator.name} draws 3-D scans of one channel. This one is {len(volume.shape)}-D with "
                 f"{len(volume.data)} channel(s), and {name} sees {x.shape[1]} of them: ask about a scan of that kind."
             )
-        centre = transform(seen.affine, (np.array(x.shape[2:]) - 1) / 2)
+        centre = middle(x.shape[2:], seen.affine)
         own = generator.prepare(volume, centre.tolist())
 
         def on(values: Tensor, affine: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from MedXAILib.explanation import map_of
-from MedXAILib.grid import corners, transform
+from MedXAILib.grid import corners, middle, transform
 from MedXAILib.report.localisation import extent, highest
 from MedXAILib.report.montage import Look, montage
 from MedXAILib.report.page import image
@@ -58,7 +58,8 @@ def _card(volume: Volume, told: SimilarCases, case: Case, focus: Sequence[float]
     seen = told.query_map if case.query_map is None else case.query_map
     shown = [look.draw(volume, _through(focus, _peak(volume, seen)), seen)]
     if case.volume is not None:
-        shown.append(look.draw(case.volume, _through(_middle(case.volume), case.place), case.map))
+        centre = middle(case.volume.shape, case.volume.affine).tolist()
+        shown.append(look.draw(case.volume, _through(centre, case.place), case.map))
     note = f"<p>{escape(case.note)}</p>" if case.note else ""
     seen_in = f"the scan and the case {case.uid}"
     known = f"{told.scored} {case.similarity:.3f}; {numbers(case)}".removesuffix("; ")
@@ -76,7 +77,8 @@ def numbers(case: Case) -> str:
 def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:
     """Where in the scan to look, in RAS mm, and how much of it to show."""
     region = told.provenance.region
-    focus = _middle(volume) if region is None else np.reshape(region, (-1, len(volume.shape))).mean(0)
+    rank = len(volume.shape)
+    focus = middle(volume.shape, volume.affine) if region is None else np.reshape(region, (-1, rank)).mean(0)
     parts = [case.volume for case in told.cases if case.volume is not None]
     box = None if told.query_map is None else extent(told.query_map)
     if box is not None:
@@ -92,13 +94,9 @@ def _peak(volume: Volume, values: Tensor | None) -> Sequence[float] | None:
     return None if values is None or not bool(values.max() > 0) else volume.to_point(highest(values[0])).tolist()
 
 
-def _through(middle: Sequence[float], place: Sequence[float] | None) -> Sequence[float]:
-    """`middle` in the axial plane of `place` (RAS mm)."""
-    return middle if place is None else [*middle[:2], *place[2:]]
-
-
-def _middle(volume: Volume) -> list[float]:
-    return [float(v) for v in volume.to_point([(side - 1) / 2 for side in volume.shape])]
+def _through(centre: Sequence[float], place: Sequence[float] | None) -> Sequence[float]:
+    """`centre` in the axial plane of `place` (RAS mm)."""
+    return centre if place is None else [*centre[:2], *place[2:]]
 
 
 def _beside(pictures: Sequence[Image.Image]) -> Image.Image:

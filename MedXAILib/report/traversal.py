@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from MedXAILib.grid import corners, transform
+from MedXAILib.grid import corners, middle, transform
 from MedXAILib.report.montage import Look
 from MedXAILib.report.sheet import Figure, Sheet
 from MedXAILib.traversal import Step, Traversal
@@ -37,7 +37,7 @@ def of_traversal(_volume: Volume, told: Traversal) -> Sheet:
 def _strip(told: Traversal) -> Image.Image:
     scan = Volume(told.images[told.here][None], told.affine)
     field = float(np.ptp(transform(told.affine, corners(scan.shape)), axis=0)[:2].max())
-    focus = [float(v) for v in scan.to_point([(side - 1) / 2 for side in scan.shape])]
+    focus = middle(scan.shape, scan.affine).tolist()
     chosen = np.unique(np.linspace(0, len(told.steps) - 1, min(_MOST, len(told.steps))).round().astype(int))
     gap, head, side = 4, 40, 146
     strip = Image.new("RGB", (len(chosen) * (side + gap) - gap, head + 2 * side + gap), (16, 16, 18))

@@ -21,12 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.grid import transform
+from MedXAILib.grid import middle
 from MedXAILib.model import Model, Prepared
 from MedXAILib.region import cut
 from MedXAILib.run import Run
@@ -144,7 +143,7 @@ class Table:
             if max(whole.x.shape[1:]) > moved:
                 reach = self.grid.size * self.grid.spacing_mm
                 raise MedXAIError(f"the network looks at {reach:.0f} mm and the scan is larger: say where, as x y z.")
-            region = tuple(transform(whole.affine, (np.array(whole.x.shape[1:]) - 1) / 2))
+            region = tuple(middle(whole.x.shape[1:], whole.affine))
         size = moved if case.split == "train" else self.grid.size
         return Prepared(*cut(whole.x, whole.affine, region, (size,) * 3))
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.grid import transform
+from MedXAILib.grid import middle
 from MedXAILib.report import localisation
 from MedXAILib.trust.finding import Finding, Light, light
 from MedXAILib.trust.judged import Judged
@@ -132,9 +131,9 @@ def _moved(data: Tensor, axis: int) -> Tensor:
 def _mirror(judged: Judged) -> Tensor:
     """The index (W,) that mirrors the scan at the middle of what the network sees, along the last axis."""
     seen = judged.model.prepare(judged.volume, judged.explanation.provenance.region)
-    middle = transform(seen.affine, (np.array(seen.x.shape[1:]) - 1) / 2)
+    centre = middle(seen.x.shape[1:], seen.affine)
     width = judged.volume.shape[-1]
-    twice = round(2 * float(judged.volume.to_index(middle.tolist())[-1]))
+    twice = round(2 * float(judged.volume.to_index(centre.tolist())[-1]))
     return (twice - torch.arange(width)).clamp(0, width - 1)
 
 
