@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import oblique_affine
+from model_cards import metrics_of
 from monai.transforms import Compose, Orientation, Spacing
 from small_explanations import NODULE as REAL
 from small_explanations import chest
@@ -370,7 +370,7 @@ def test_measures_of_the_capsules_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def metrics(name: str) -> dict[str, float]:
-    return json.loads((path(f"Models/{name}") / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    return metrics_of(path(f"Models/{name}"))
 
 
 @cache

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from model_cards import metrics_of
 from torch import Tensor, nn
 
 import MedXAILib as mx
@@ -59,7 +60,7 @@ def box(x: Tensor, low: tuple[int, ...], size: int) -> Masks:
 
 
 def test_it_is_as_good_as_its_card_says() -> None:
-    card = json.loads((resources.path(FOLDER) / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    card = metrics_of(resources.path(FOLDER))
     found = healthy_tissue.measure(network(), patches())
     # Other patches of the same lung: some of them are more difficult than others, for every infill alike.
     for name in ("error_hu", "likeliest_hu"):
@@ -70,7 +71,7 @@ def test_it_is_as_good_as_its_card_says() -> None:
 
 def test_the_card_says_what_was_measured() -> None:
     folder = resources.path(FOLDER)
-    card = json.loads((folder / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    card = metrics_of(folder)
     text = (folder / "docs" / "README.md").read_text("utf-8")
     for name in ("error_hu", "likeliest_hu", "blur_hu", "mean_hu", "inpaint_hu", "spread_hu"):
         assert f"| {card[name]:.0f} |" in text, name

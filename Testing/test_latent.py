@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import oblique_affine
+from model_cards import metrics_of
 from scipy.ndimage import map_coordinates
 from scipy.spatial.distance import mahalanobis
 from scipy.stats import spearmanr
@@ -474,7 +474,7 @@ GENERATORS = ("lung_nodule_vae", "lung_nodule_tc_vae", "lung_nodule_ladder_vae")
 
 def metrics(name: str) -> dict[str, float]:
     folder = resources.path(f"Models/generators/{name}")
-    found: dict[str, float] = json.loads((folder / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    found: dict[str, float] = metrics_of(folder)
     return found
 
 

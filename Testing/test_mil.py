@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
@@ -13,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import make_model, oblique_affine, with_statistics
+from model_cards import metrics_of
 from monai.bundle import verify_net_in_out
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import Tensor, nn
@@ -407,7 +407,7 @@ def test_the_bundles_are_graders_of_whole_scans(name: str) -> None:
         net_id="network_def",
         device="cpu",
     )
-    meta = json.loads((folder / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    meta = metrics_of(folder)
     # What was demanded of them, on the whole lungs of the other patient.
     for draw in ("", "borderline_"):
         assert meta[f"{draw}auc"] >= 0.9 and meta[f"{draw}pointing"] >= 0.8

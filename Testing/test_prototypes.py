@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, replace
 from functools import cache
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import oblique_affine
+from model_cards import metrics_of
 from small_explanations import NODULE, chest
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def shipped() -> mx.Model:
 
 
 def metadata() -> dict[str, float]:
-    return json.loads((path(BUNDLE) / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    return metrics_of(path(BUNDLE))
 
 
 def test_points_sum_to_the_score_on_an_oblique_scan() -> None:
@@ -448,7 +448,7 @@ def test_the_shipped_network_is_as_good_as_its_card_says() -> None:
     assert even["activation_precision"] < 0.1 or np.isnan(even["activation_precision"])
     assert astray["activation_precision"] < 0.2 or np.isnan(astray["activation_precision"])
     told = metadata()
-    other = json.loads((path("Models/lung_nodule/configs/metadata.json")).read_text("utf-8"))["eval_metrics"]
+    other = metrics_of(path("Models/lung_nodule"))
     for which in ("", "borderline_"):
         assert told[f"{which}accuracy"] >= other[f"{which}accuracy"] - 0.01
         assert told[f"{which}activation_precision"] >= 0.7

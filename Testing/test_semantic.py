@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from functools import cache
@@ -10,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import oblique_affine
+from model_cards import metrics_of
 from monai.transforms import Compose, Orientation, Spacing
 from small_explanations import NODULE as REAL
 from small_explanations import chest
@@ -462,7 +462,7 @@ def test_loss_is_of_what_is_known() -> None:
 
 
 def metrics(name: str) -> dict[str, float]:
-    return json.loads((path(f"Models/{name}") / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"]
+    return metrics_of(path(f"Models/{name}"))
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, oblique_affine, with_statistics
+from model_cards import metrics_of
 from monai.inferers import sliding_window_inference
 from monai.networks import nets
 from monai.networks.blocks import ChannelSELayer
@@ -372,7 +372,7 @@ def shipped(name: str) -> mx.Model:
 
 
 def metrics(name: str) -> dict[str, float]:
-    return json.loads((resources.path(f"Models/{name}") / "configs/metadata.json").read_text("utf-8"))["eval_metrics"]
+    return metrics_of(resources.path(f"Models/{name}"))
 
 
 def hits(name: str, **parameters: Any) -> tuple[float, float]:

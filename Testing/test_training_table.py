@@ -4,7 +4,6 @@ that says where and why."""
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import oblique_affine
+from model_cards import metrics_of
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -117,7 +117,7 @@ def test_the_bundle_says_in_the_persons_words_what_was_measured(
     of_class = Counter(case.row["label"] for case in table.of("test"))
     recalled = sum(metrics[f"recall: {name}"] * count for name, count in of_class.items())
     assert recalled == pytest.approx(sum(right), abs=1e-3)
-    assert json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))["eval_metrics"] == metrics
+    assert metrics_of(bundle) == metrics
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.own is not None])

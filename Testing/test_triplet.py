@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from itertools import combinations, product
@@ -13,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from model_cards import metrics_of
 from monai.bundle import verify_net_in_out
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, ndcg_score
@@ -507,7 +507,7 @@ def test_the_bundle_is_what_monai_expects_and_its_card_says_what_was_measured() 
     files = {"meta_file": str(folder / "configs/metadata.json"), "config_file": str(folder / "configs/inference.json")}
     verify_net_in_out("network_def", **files, device="cpu")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 1_500_000
-    measured = json.loads((folder / "configs/metadata.json").read_text("utf-8"))["eval_metrics"]
+    measured = metrics_of(folder)
     card = (folder / "docs/README.md").read_text("utf-8")
     for name in ("ndcg", "map", "graded_ndcg", "diameter_mm_rank", "wall_mm_rank", "borderline_graded_ndcg"):
         assert f"{measured[name]:.3f}" in card

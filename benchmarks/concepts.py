@@ -3,7 +3,6 @@ network, whose rule is known, and how often one is found that means nothing. Min
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from benchmarks.measure import machine
+from benchmarks.measure import resumed
 from benchmarks.sanity.patches import demo_model, scan
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, SPACING_MM, draw, render, rule_logit, synthesise
 from MedXAILib.textual.concept_sets import Examples
@@ -154,13 +153,7 @@ PARTS: dict[str, Callable[[], Any]] = {
 def main() -> None:
     """Measure what is missing and write the page."""
     torch.set_num_threads(1)
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"machine": machine()}
-    for name, measure in PARTS.items():
-        if name not in found:
-            found[name] = measure()
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(name, flush=True)
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(resumed(PARTS, RESULTS)), encoding="utf-8")
 
 
 def page(found: Mapping[str, Any]) -> str:

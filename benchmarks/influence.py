@@ -4,7 +4,6 @@ malignancy. Three minutes of one core."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import MedXAILib as mx
-from benchmarks.measure import machine
+from benchmarks.measure import resumed
 from benchmarks.sanity.patches import demo_model
 from MedXAILib.cases.record import Record
 from MedXAILib.cases.spaces import Plain
@@ -322,13 +321,7 @@ PARTS: dict[str, Callable[[], Any]] = {
 def main() -> None:
     """Measure what is missing and write the page."""
     torch.set_num_threads(1)
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"machine": machine()}
-    for name, measure in PARTS.items():
-        if name not in found:
-            found[name] = measure()
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(name, flush=True)
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(resumed(PARTS, RESULTS)), encoding="utf-8")
 
 
 def page(found: Mapping[str, Any]) -> str:

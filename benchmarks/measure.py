@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import platform
@@ -74,6 +75,18 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def resumed(parts: Mapping[str, Callable[[], Any]], results: Path) -> dict[str, Any]:
+    """What each of `parts` measures, kept in `results` as soon as it is there; what is there already is not measured
+    again."""
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"machine": machine()}
+    for name, measure in parts.items():
+        if name not in found:
+            found[name] = measure()
+            results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(name, flush=True)
+    return found
 
 
 def machine() -> dict[str, Any]:

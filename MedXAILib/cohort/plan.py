@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from MedXAILib.durable import write_durably
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.registry import make
 
@@ -135,21 +134,6 @@ def unit_of(folder: str, key: str) -> tuple[Plan, Unit]:
     if key not in units:
         raise unknown("unit", key, units)
     return units[key]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file that is there whole and stays, or not at all."""
-    # Another machine that sees the folder may have a process of the same number.
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise MedXAIError(f"'{path}' cannot be written ({error.strerror}): free some space, or give leave.") from error
 
 
 def _plan(said: dict[str, Any]) -> Plan:

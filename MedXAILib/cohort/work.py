@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 
 from MedXAILib import __version__
-from MedXAILib.cohort.plan import Plan, Unit, unit_of, write_durably
+from MedXAILib.cohort.plan import Plan, Unit, unit_of
+from MedXAILib.durable import write_durably
 from MedXAILib.errors import MedXAIError, OutOfMemory
 from MedXAILib.explanation import MANIFEST, Explanation
 from MedXAILib.loading import load_model

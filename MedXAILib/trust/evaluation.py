@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from MedXAILib.durable import write_durably
 from MedXAILib.engines.shapley import student
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.model import Model
@@ -113,9 +114,7 @@ def results(
             if not path.exists():
                 run.step(number, len(cases), f"Case {number + 1}: {method}")
                 measured = _measured(model, case, method, parameters, chosen, run)
-                beside = path.with_suffix(".part")
-                beside.write_text(json.dumps(measured, indent=1, ensure_ascii=False), encoding="utf-8")
-                beside.replace(path)
+                write_durably(path, json.dumps(measured, indent=1, ensure_ascii=False))
             found[method].append(json.loads(path.read_text(encoding="utf-8")))
     return found
 
