@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import MedXAILib as mx
 from MedXAILib.cases.filters import conditions
-from MedXAILib.cases.nearest import Usual, late_interaction, usual
+from MedXAILib.cases.nearest import Usual, by_strongest, usual
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.shown import part
 from MedXAILib.cases.spaces import SPACES, Plain, Saliency, contributions, fingerprint, said
@@ -404,8 +404,8 @@ def test_regions_that_are_alike_come_first(made: mx.Model, tmp_path: Path) -> No
     """Three regions, of which the one with most in it counts: the nearest to it in each case, wherever it is."""
     most, little = np.array([3.0, 4.0]), np.array([0.1, 0.0])
     others = np.array([[4.0, 3.0], [0.0, 2.0]])
-    assert late_interaction(np.stack([little, most, little]), others) == pytest.approx(0.96)
-    assert late_interaction(np.stack([most]), None) == -1
+    assert by_strongest(np.stack([little, most, little]), others) == pytest.approx(0.96)
+    assert by_strongest(np.stack([most]), None) == -1
     # What is apart in a case is alike as a whole, but in no region.
     library = stored(tmp_path, made, {"together": ((4.0, 3.0, 0.0), "smooth"), "other": ((4.0, 0.0, 2.0), "smooth")})
     apart = replace(scan(4, 0, 0), data=scan(4, 0, 0).data + scan(0, 3.8, 0, place=PLACES[3]).data)

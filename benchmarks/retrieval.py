@@ -17,7 +17,7 @@ from torch import Tensor
 import MedXAILib as mx
 from benchmarks.measure import machine
 from MedXAILib import resources
-from MedXAILib.cases.nearest import FIRST, late_interaction
+from MedXAILib.cases.nearest import FIRST, by_strongest
 from MedXAILib.cases.spaces import Plain, Pooled, Saliency
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules, synthesise
 from MedXAILib.trust import retrieval
@@ -103,7 +103,7 @@ def reordered(model: mx.Model, similarity: np.ndarray, queries: Tensor, library:
     found = similarity.copy()
     for q, regions in enumerate(asked):
         for n in np.argsort(-similarity[q], kind="stable")[:FIRST]:
-            found[q, n] = 2 + late_interaction(regions, held[n])
+            found[q, n] = 2 + by_strongest(regions, held[n])
     return found
 
 

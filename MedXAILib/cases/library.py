@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from MedXAILib.cases.recall import BEST, Metric, Sample, similarities, unit
+from MedXAILib.cases.recall import BEST, Sample
 from MedXAILib.cases.record import NAMES, Hit, Record
+from MedXAILib.cases.similarity import Metric, late_interaction, similarities
 from MedXAILib.errors import MedXAIError, NotInstalled, unknown
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class Library:
         embedder: str | None = None,
     ) -> list[Hit]:
         """The `k` cases whose regions are most similar to the regions `vectors` (R, K): by late interaction, the mean
-        over `vectors` of the cosine with the nearest region of the case (Khattab and Zaharia 2020), among the `first`
+        over `vectors` of the cosine with the nearest region of the case, among the `first`
         cases that are most similar to the mean of `vectors`.
 
         Raises:
@@ -299,9 +300,8 @@ class Library:
         if asked.ndim != 2:
             raise MedXAIError(f"Regions are (R, K), not {asked.shape}: give a vector for each.")
         found = self.search(asked.mean(0), first, "plain", where, not_patient, embedder)
-        asked = unit(asked)
         hits = [
-            Hit(hit.record, float((asked @ unit(hit.record.regions).T).max(1).mean()))
+            Hit(hit.record, late_interaction(asked, hit.record.regions))
             for hit in found
             if hit.record.regions is not None and len(hit.record.regions)
         ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from MedXAILib.cases.library import Library
 from MedXAILib.cases.record import SCAN, Hit, Record
+from MedXAILib.cases.similarity import late_interaction
 from MedXAILib.cases.space import Space
 from MedXAILib.similar_cases import Role
 
@@ -174,17 +175,15 @@ class Nearest:
 
     def _rank(self, hit: Hit) -> tuple[float, str]:
         regions = self.query.regions
-        score = hit.similarity if regions is None else late_interaction(regions, hit.record.regions)
+        score = hit.similarity if regions is None else by_strongest(regions, hit.record.regions)
         return -score, hit.record.uid
 
 
-def late_interaction(regions: np.ndarray, others: np.ndarray | None) -> float:
-    """How similar the quarter of `regions` (R, K) in which most was found are to the nearest of the regions `others`
-    (S, K): the mean of their cosines (Khattab and Zaharia, "ColBERT", 2020); -1 where there are none."""
+def by_strongest(regions: np.ndarray, others: np.ndarray | None) -> float:
+    """The late interaction of the quarter of `regions` (R, K) in which most was found with the regions `others` (S, K);
+    -1 where there are none."""
     if others is None or not len(others):
         return -1.0
     a, b = (np.asarray(part, dtype=np.float64) for part in (regions, others))
-    length = np.linalg.norm(a, axis=1)
-    most = np.argsort(-length, kind="stable")[: -(-len(a) // 4)]
-    a, b = a[most] / np.maximum(length[most, None], 1e-30), b / np.maximum(np.linalg.norm(b, axis=1)[:, None], 1e-30)
-    return float((a @ b.T).max(1).mean())
+    most = np.argsort(-np.linalg.norm(a, axis=1), kind="stable")[: -(-len(a) // 4)]
+    return late_interaction(a[most], b)

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Metric = Literal["cosine", "dot"]
+from MedXAILib.cases.similarity import Metric, similarities
 
 BEST = 10
 """Recall is of so many."""
 
 _TOLERANCE = 1e-5
-
-
-def similarities(vectors: np.ndarray, others: np.ndarray, metric: Metric) -> np.ndarray:
-    """Of `vectors` (M, K) to `others` (N, K), (M, N): inner products, or the cosines of the angles between them; to a
-    vector that is zero it is zero."""
-    if metric == "dot":
-        return vectors @ others.T
-    return unit(vectors) @ unit(others).T
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (N, K) of length one; those of length zero as they are."""
-    vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)

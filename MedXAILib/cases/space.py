@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from MedXAILib.cases.similarity import Metric, similarities
 from MedXAILib.engines.capture import Captured
 from MedXAILib.model import Model
 
@@ -20,7 +21,7 @@ class Space(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    metric: ClassVar[Literal["cosine", "dot"]] = "cosine"
+    metric: ClassVar[Metric] = "cosine"
     version: ClassVar[int] = 1
 
     @abstractmethod
@@ -34,9 +35,7 @@ class Space(ABC):
 
     def similarity(self, vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
         """(Q, N), of each of `vectors` (Q, K) with each of `others` (N, K), by the metric of this space."""
-        if self.metric == "cosine":
-            vectors, others = (v / np.maximum(np.linalg.norm(v, axis=1)[:, None], 1e-30) for v in (vectors, others))
-        return np.asarray(vectors @ others.T)
+        return similarities(vectors, others, self.metric)
 
 
 @dataclass(frozen=True, eq=False)
