@@ -16,8 +16,8 @@ from PIL import Image
 
 from MedXAILib import resources
 from MedXAILib.cases.library import Embedder, Library
-from MedXAILib.cases.recall import Metric
 from MedXAILib.cases.record import SCAN, Record
+from MedXAILib.cases.similarity import Metric
 from MedXAILib.cases.spaces import SPACES, Plain, fingerprint, said
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory
 from MedXAILib.grid import middle
