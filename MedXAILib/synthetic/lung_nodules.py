@@ -196,6 +196,13 @@ def to_grid(image: sitk.Image, mode: str) -> MetaTensor:
     return Compose([Orientation("RAS", labels=None), Spacing(SPACING_MM, mode=mode)])(volume)
 
 
+def turned(images: Tensor, generator: Generator) -> Tensor:
+    """Patches (N, 1, D, H, W), all flipped, and transposed in the axial plane, at random."""
+    flips = [2 + axis for axis in range(3) if torch.rand((), generator=generator) < 0.5]
+    images = images.flip(flips)
+    return images.transpose(2, 3) if torch.rand((), generator=generator) < 0.5 else images
+
+
 def scale(hu: Tensor) -> Tensor:
     """Hounsfield units to the network's input, as ScaleIntensityRange does in the bundles."""
     low, high = HU_RANGE

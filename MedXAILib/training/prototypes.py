@@ -25,6 +25,7 @@ from MedXAILib.synthetic.lung_nodules import (
     Backgrounds,
     Nodules,
     synthesise,
+    turned,
 )
 from MedXAILib.training import lung_nodule
 from MedXAILib.training.bundle import write_scorer
@@ -74,9 +75,7 @@ def repeated(backgrounds: Backgrounds, count: int, seed: int) -> Taught:
     """Always one of the same 40 batches, flipped, and transposed in the axial plane, at random."""
     generator = Generator().manual_seed(seed)
     known = _batch(backgrounds, count, seed % _BATCHES)
-    flips = [2 + axis for axis in range(3) if torch.rand((), generator=generator) < 0.5]
-    images = known.images.flip(flips)
-    return replace(known, images=images.transpose(2, 3) if torch.rand((), generator=generator) < 0.5 else images)
+    return replace(known, images=turned(known.images, generator))
 
 
 @lru_cache(maxsize=_BATCHES)

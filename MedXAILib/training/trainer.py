@@ -39,8 +39,8 @@ class Recipe:
     makes the test, where that is of something else than what the network learns from. `repeat(backgrounds, count,
     seed)` makes the batches, of the same few patches, where fresh ones take too long. When the training is over, and
     the best weights are back, `project(network, batches)` is called with the batches of its first epoch, then
-    `finish(network, batch)` with the patches of the validation. `own(recipe, table)` is it for
-    a person's own data, if it can be (see `MedXAILib.training.table`).
+    `finish(network, batch)` with the patches of the validation. `own(recipe, table)` is it for a person's own data, if
+    it can be (see `MedXAILib.training.table`).
     """
 
     name: str

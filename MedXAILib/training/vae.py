@@ -19,7 +19,16 @@ from MedXAILib.engines.counterfactual import otherwise
 from MedXAILib.engines.nodule_size import diameter
 from MedXAILib.loading import load_model
 from MedXAILib.networks.vae import SIZE, VAE, Autoencoder
-from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, HU_RANGE, SPACING_MM, Backgrounds, Nodules, synthesise
+from MedXAILib.synthetic.lung_nodules import (
+    ATTRIBUTES,
+    CLASSES,
+    HU_RANGE,
+    SPACING_MM,
+    Backgrounds,
+    Nodules,
+    synthesise,
+    turned,
+)
 from MedXAILib.synthetic.lung_nodules import SIZE as PATCH
 from MedXAILib.training.bundle import write_generator
 from MedXAILib.training.lung_nodule import begin_as_shipped
@@ -59,9 +68,7 @@ def again(backgrounds: Backgrounds, count: int, seed: int) -> Nodules:
     sets = _batch(backgrounds, count, one), _batch(backgrounds, count, other)
     which = torch.randperm(2 * count, generator=generator)[:count]
     picked = Nodules(*(torch.cat([getattr(part, f.name) for part in sets])[which] for f in fields(Nodules)))
-    flips = [2 + axis for axis in range(3) if torch.rand((), generator=generator) < 0.5]
-    images = picked.images.flip(flips)
-    return replace(picked, images=images.transpose(2, 3) if torch.rand((), generator=generator) < 0.5 else images)
+    return replace(picked, images=turned(picked.images, generator))
 
 
 @lru_cache(maxsize=_BATCHES)
