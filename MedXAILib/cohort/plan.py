@@ -21,13 +21,15 @@ PLAN = "plan.json"
 @dataclass(frozen=True)
 class Subject:
     """A case: its scan (one file or folder, or several as channels), where the network looks (RAS mm), what is asked of
-    it (None: what is predicted), the `transform` (a file) from the template to it, and what else is known of it."""
+    it (None: what is predicted), the `transform` (a file) from the template to it, the mask (a file) of its `anatomy`, in
+    which what matters should be, and what else is known of it."""
 
     uid: str
     volume: tuple[str, ...]
     region: tuple[float, float, float] | None = None
     target: str | None = None
     transform: str | None = None
+    anatomy: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
 
 

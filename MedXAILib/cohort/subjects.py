@@ -10,7 +10,7 @@ from MedXAILib.cohort.plan import Subject
 from MedXAILib.errors import MedXAIError
 from MedXAILib.table import Row, read_rows
 
-_KNOWN = ("uid", "volume", "region", "target", "transform")
+_KNOWN = ("uid", "volume", "region", "target", "transform", "anatomy")
 _IMAGES = (".nii", ".nii.gz")
 
 
@@ -18,7 +18,7 @@ def find_subjects(source: str | Path, suffix: str = "") -> list[Subject]:
     """The cases in `source`:
 
     - a CSV file, a row for each, with the columns `volume` and, if wanted, `uid`, `region` ("x y z", RAS mm), `target`,
-      `transform`, and any other, such as site, scanner, sex or age, by which results can be split;
+      `transform`, `anatomy` (a mask), and any other, such as site, scanner, sex or age, by which results can be split;
     - a BIDS folder: its images, those that end in `suffix` ("T1w"), with what `participants.tsv` knows;
     - a folder of DICOM files, however deep: every series.
 
@@ -40,13 +40,14 @@ def find_subjects(source: str | Path, suffix: str = "") -> list[Subject]:
 
 
 def _of_row(row: Row) -> Subject:
-    transform = row.file("transform")
+    transform, anatomy = row.file("transform"), row.file("anatomy")
     return Subject(
         uid=row["uid"] or f"row-{row.number}",
         volume=(str(row.volume.resolve()),),
         region=row.point("region"),
         target=row["target"] or None,
         transform=None if transform is None else str(transform.resolve()),
+        anatomy=None if anatomy is None else str(anatomy.resolve()),
         meta={name: cell for name, cell in row.cells.items() if name not in _KNOWN},
     )
 
