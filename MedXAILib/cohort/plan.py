@@ -21,8 +21,8 @@ PLAN = "plan.json"
 @dataclass(frozen=True)
 class Subject:
     """A case: its scan (one file or folder, or several as channels), where the network looks (RAS mm), what is asked of
-    it (None: what is predicted), the `transform` (a file) from the template to it, the `anatomy` (a file, a mask) in which
-    lies what should matter, and what else is known of it."""
+    it (None: what is predicted), the `transform` (a file) from the template to it, the `anatomy` (a mask's file) in
+    which lies what should matter, and what else is known of it."""
 
     uid: str
     volume: tuple[str, ...]
