@@ -266,7 +266,7 @@ def test_workers_that_come_late_are_used(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         known: list[dict[str, Any]] = [{"workers": {}}]
         monkeypatch.setattr(client, "scheduler_info", lambda **_: known.pop() if known else {"workers": {"late": {}}})
-        assert list(engine._by_dask(client, tmp_path, ["first", *"1234"], None)) == ["done"] * 5
+        assert list(engine._by_dask(client, engine.Explaining(tmp_path), ["first", *"1234"], None)) == ["done"] * 5
 
 
 def test_a_plan_is_not_believed_that_its_model_may_run_code(table: Path, tmp_path: Path) -> None:

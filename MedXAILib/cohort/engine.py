@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from MedXAILib.cohort.plan import read_plan, unit_of
-from MedXAILib.cohort.work import RECEIPTS, do, write_receipt
+from MedXAILib.cohort.plan import Unit, read_plan, unit_of
+from MedXAILib.cohort.work import RECEIPTS, Status, do, write_receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.run import Run
 
@@ -23,6 +24,31 @@ _DEATHS = 10
 _WITHOUT_WORKERS, _GONE = "10 minutes", "5 minutes"
 # Units for each worker that the scheduler knows of.
 _QUEUED = 2
+
+
+class Task(Protocol):
+    """What can be done piece by piece, in whatever process: it is pickled, and what comes back is a word."""
+
+    def do(self, key: str, device: str | None, attempt: int) -> Status:
+        """Do the piece `key`, unless it is done. What is raised is tried again, but for a `MedXAIError`."""
+
+    def give_up(self, key: str, error: BaseException) -> Status:
+        """What becomes of a piece that went wrong every time."""
+
+
+@dataclass(frozen=True)
+class Explaining:
+    """The units of the plan in `folder`."""
+
+    folder: Path
+
+    def do(self, key: str, device: str | None, attempt: int) -> Status:
+        """See `work.do`."""
+        return do(str(self.folder), key, device, attempt)
+
+    def give_up(self, key: str, error: BaseException) -> Status:
+        """Say so in its receipt."""
+        return given_up(self.folder, unit_of(str(self.folder), key)[1], error)
 
 
 def todo(folder: Path) -> list[str]:
@@ -66,42 +92,56 @@ def compute(
     if shard is not None:
         left = set(keys)
         keys = [key for key in [unit.key for unit in plan.units()][shard[0] :: shard[1]] if key in left]
+    return carry_out(Explaining(folder), keys, "Explaining the cohort", workers, scheduler, device, run)
+
+
+def carry_out(
+    task: Task,
+    keys: list[str],
+    title: str,
+    workers: int = 0,
+    scheduler: str | None = None,
+    device: str | None = None,
+    run: Run | None = None,
+) -> Counter[str]:
+    """Do the pieces `keys` of `task`, called `title`, where `compute` says; returns how many ended how."""
+    run = run or Run()
     said: Counter[str] = Counter()
-    with _outcomes(folder, keys, workers, scheduler, device) as outcomes:
-        run.step(0, len(keys), "Explaining the cohort")
+    with _outcomes(task, keys, workers, scheduler, device) as outcomes:
+        run.step(0, len(keys), title)
         for done, status in enumerate(outcomes, 1):
             said[status] += 1
-            run.step(done, len(keys), "Explaining the cohort")
+            run.step(done, len(keys), title)
     return said
 
 
 @contextmanager
 def _outcomes(
-    folder: Path, keys: list[str], workers: int, scheduler: str | None, device: str | None
+    task: Task, keys: list[str], workers: int, scheduler: str | None, device: str | None
 ) -> Iterator[Iterator[str]]:
     """What becomes of each of `keys`, as it is known."""
-    if not workers and scheduler is None:
-        yield _here(folder, keys, device)
+    if not keys or (not workers and scheduler is None):
+        yield _here(task, keys, device)
         return
     with _client(workers, scheduler) as client:
-        yield _by_dask(client, folder, keys, device)
+        yield _by_dask(client, task, keys, device)
 
 
-def _here(folder: Path, keys: list[str], device: str | None) -> Iterator[str]:
+def _here(task: Task, keys: list[str], device: str | None) -> Iterator[str]:
     for key in keys:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                yield do(str(folder), key, device, attempt)
+                yield task.do(key, device, attempt)
                 break
             except MedXAIError:
                 # Nothing that another attempt would mend: the disk is full, the network is another.
                 raise
             except Exception as error:
                 if attempt == ATTEMPTS:
-                    yield _given_up(folder, key, error)
+                    yield task.give_up(key, error)
 
 
-def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> Iterator[str]:
+def _by_dask(client: Any, task: Task, keys: list[str], device: str | None) -> Iterator[str]:
     from distributed import as_completed
 
     on = {"GPU": 1} if device is not None and device.startswith("cuda") and _has_gpus(client) else {}
@@ -112,7 +152,7 @@ def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> 
         attempts[key] += 1
         # A name of its own for each attempt: Dask would remember the error of the last.
         name = f"{key}-{attempts[key]}"
-        return client.submit(do, str(folder), key, device, attempts[key], key=name, pure=False, resources=on)
+        return client.submit(task.do, key, device, attempts[key], key=name, pure=False, resources=on)
 
     of: dict[str, str] = {}
     futures = as_completed()
@@ -134,7 +174,7 @@ def _by_dask(client: Any, folder: Path, keys: list[str], device: str | None) -> 
         if error is not None and attempts[key] < ATTEMPTS:
             futures.add(_noted(of, submit(key)))
         else:
-            yield future.result() if error is None else _given_up(folder, key, error)
+            yield future.result() if error is None else task.give_up(key, error)
         fill()
 
 
@@ -143,8 +183,8 @@ def _noted(of: dict[str, str], future: Any) -> Any:
     return future
 
 
-def _given_up(folder: Path, key: str, error: BaseException) -> str:
-    _, unit = unit_of(str(folder), key)
+def given_up(folder: Path, unit: Unit, error: BaseException) -> Status:
+    """Say in the receipt of `unit` that it went wrong every time."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     write_receipt(folder, unit, {"status": "failed", "reason": reason, "attempt": ATTEMPTS})
     return "failed"
