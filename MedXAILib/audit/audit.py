@@ -1,0 +1,157 @@
+"""Does a network lean on what it should not, such as the site? The checks, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from MedXAILib.audit import clusters, counterexamples, neighbours, outside, probes, transplant
+from MedXAILib.audit.cohort import Cohort
+from MedXAILib.audit.groups import Groups
+from MedXAILib.audit.outcome import Outcome, Picture, Test
+from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
+from MedXAILib.run import Run
+from MedXAILib.trust.finding import Finding, Light
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check `make` of a cohort's groups, and the question that is its `title`."""
+
+    title: str
+    make: Callable[[Cohort, Groups, Run], Outcome]
+
+
+CHECKS: dict[str, Check] = {
+    "outside": Check(outside.TITLE, outside.check),
+    "clusters": Check(clusters.TITLE, clusters.check),
+    "probes": Check(probes.TITLE, probes.check),
+    "neighbours": Check(neighbours.TITLE, neighbours.check),
+    "transplant": Check(transplant.TITLE, transplant.check),
+    "counterexamples": Check(counterexamples.TITLE, counterexamples.check),
+}
+"""A new check is a file of its own and a line here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What was found ("poor" is an alarm, "fair" a warning), what was `left_out` and why, the tables and pictures by
+    check and column ("outside:site"), and how many cases there were."""
+
+    findings: tuple[Finding, ...]
+    left_out: Mapping[str, str]
+    tables: Mapping[str, Sequence[Mapping[str, Any]]]
+    pictures: Mapping[str, Sequence[Picture]]
+    cases: int
+
+    @property
+    def alarm(self) -> bool:
+        """Whether anything alarms."""
+        return any(found.light == "poor" for found in self.findings)
+
+
+def audit(
+    cohort: Cohort,
+    by: Sequence[str] = ("site",),
+    within: Sequence[str] = (),
+    seed: int = 0,
+    run: Run | None = None,
+    checks: Sequence[str] | None = None,
+    draws: int = 1999,
+) -> Audit:
+    """Whether the network of `cohort` leans on its columns `by`.
+
+    Cases are compared within their class (the known one, or the predicted one where none is known; then nothing
+    alarms) and within the columns `within`. What is not known of a case leaves it out.
+
+    Raises:
+        MedXAIError: for an unknown check or column, and when there is nothing to compare in any.
+        Cancelled: when the person asked to stop.
+    """
+    run, checks = run or Run(), tuple(CHECKS) if checks is None else checks
+    for name in checks:
+        if name not in CHECKS:
+            raise unknown("check", name, CHECKS)
+    for column in (*by, *within):
+        if column not in cohort.columns:
+            raise unknown("column", column, cohort.columns)
+    if any(cohort.labels):
+        cohort = cohort.taken([i for i, label in enumerate(cohort.labels) if label])
+    outcomes: dict[str, Outcome] = {}
+    left_out: dict[str, str] = {}
+    asked = [(column, name) for column in by for name in checks]
+    for done, (column, name) in enumerate(asked):
+        run.step(done, len(asked), f"Auditing: {name} by {column}")
+        key = f"{name}:{column}"
+        try:
+            own = cohort.taken([i for i in range(len(cohort)) if all(cohort.columns[c][i] for c in (column, *within))])
+            outcomes[key] = CHECKS[name].make(own, _groups(own, column, within, seed, draws), run)
+        except (Cancelled, OutOfMemory):
+            raise
+        except MedXAIError as error:
+            left_out[key] = str(error)
+    return Audit(
+        tuple(_findings(outcomes, known=any(cohort.labels))),
+        left_out,
+        {key: outcome.rows for key, outcome in outcomes.items()},
+        {key: outcome.pictures for key, outcome in outcomes.items()},
+        len(cohort),
+    )
+
+
+def _groups(cohort: Cohort, column: str, within: Sequence[str], seed: int, draws: int) -> Groups:
+    classes = cohort.labels if any(cohort.labels) else cohort.said
+    told = zip(classes, *(cohort.columns[name] for name in within), strict=True)
+    strata = np.unique(["\t".join(one) for one in told], return_inverse=True)[1]
+    return Groups.of(column, cohort.columns[column], strata, seed, draws)
+
+
+def _findings(outcomes: Mapping[str, Outcome], known: bool) -> list[Finding]:
+    """The findings, with p corrected for all that was asked."""
+    tests = [test for outcome in outcomes.values() for test in outcome.tests]
+    corrected = dict(zip(map(id, tests), holm([test.p for test in tests]), strict=True))
+    strictest = 1 - ALPHA / max(1, len(tests))
+    found = []
+    for key, outcome in outcomes.items():
+        qs = [corrected[id(test)] for test in outcome.tests]
+        lights = [_light(test, q, strictest, known) for test, q in zip(outcome.tests, qs, strict=True)]
+        values = dict(outcome.values)
+        said = []
+        for test, q in zip(outcome.tests, qs, strict=True):
+            of = "" if test.alarms or len(outcome.tests) == 1 else "visible: "
+            numbers = {"effect": test.effect, "least": test.least, "p": test.p, "q": q}
+            numbers["detectable"] = float(np.quantile(test.null, strictest))
+            values |= {of + name: value for name, value in numbers.items()}
+            said.append(f"{test.says} (corrected p = {q:.2g})")
+        text = "; ".join(said)
+        found.append(
+            Finding(key, CHECKS[key.partition(":")[0]].title, text[0].upper() + text[1:] + ".", _worst(lights), values)
+        )
+    return found
+
+
+def _light(test: Test, q: float, strictest: float, known: bool) -> Light | None:
+    """Poor or fair for what is neither chance nor small; good when what is not small would have been seen."""
+    if q <= ALPHA and test.effect >= test.least:
+        return "poor" if test.alarms and known else "fair"
+    return "good" if np.quantile(test.null, strictest) <= test.least else None
+
+
+def _worst(lights: Sequence[Light | None]) -> Light | None:
+    return min(lights, key=("poor", "fair", None, "good").index)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """The corrected p of each: that any at least as small is chance at most so often (Holm, "A simple sequentially
+    rejective multiple test procedure", 1979)."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values)
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)) if len(values) else values
+    found = np.empty_like(values)
+    found[order] = raised.clip(max=1)
+    return found

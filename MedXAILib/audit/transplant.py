@@ -1,0 +1,100 @@
+"""Does the answer change when a case gets the background of another site, more than that of its own?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from MedXAILib.audit.cohort import Cohort, evidence_of
+from MedXAILib.audit.groups import Groups
+from MedXAILib.audit.outcome import Outcome, Picture, Test
+from MedXAILib.errors import MedXAIError
+from MedXAILib.run import Run
+
+TITLE = "Does the background of another site change the answer?"
+
+# In standard deviations of the evidence.
+_LEAST = 0.2
+
+# Cases that get every background, and the voxels over which it is blended in on each side.
+_RECIPIENTS, _BLEND = 8, 2
+
+# A forward takes up to so many times its input.
+_TIMES = 50
+
+
+def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
+    """What the background of each case does to the same few others, anatomy and all; backgrounds of one group against
+    those of the others, class for class. What swaps within a group do is what chance is measured by."""
+    known = np.array([i for i, mask in enumerate(cohort.anatomy) if mask is not None and not bool(mask.all())])
+    if not len(known):
+        raise MedXAIError("No case has a mask of its anatomy: give the column 'anatomy' of the plan.")
+    cohort, groups = cohort.taken(known), groups.taken(known)
+    if len({x.shape for x in cohort.x}) > 1:
+        raise MedXAIError("Cases differ in size: backgrounds can be moved only between patches of one size.")
+    hosts = _hosts(groups)
+    moved = np.zeros((len(cohort), len(hosts), cohort.evidence.shape[1]))
+    with cohort.model.ready(run.device) as device, torch.no_grad():
+
+        def transplant(start: int, stop: int) -> None:
+            pairs = [divmod(k, len(hosts)) for k in range(start, stop)]
+            made = torch.stack([swapped(cohort, hosts[h], donor) for donor, h in pairs])
+            found = evidence_of(cohort.model.forward(made.to(device, cohort.model.dtype)).float().cpu()).numpy()
+            for (donor, h), evidence in zip(pairs, found, strict=True):
+                moved[donor, h] = evidence - cohort.evidence[hosts[h]]
+
+        one = cohort.x[0]
+        size = run.fitting(_TIMES * one.nbytes, one[0].numel(), device)
+        run.chunks(len(cohort) * len(hosts), size).map(transplant, "Moving backgrounds between cases")
+    effects = moved.mean(1)
+    found = groups.contrast(effects / cohort.evidence.std(0).clip(1e-12))
+    of = cohort.classes[found.column]
+    says = (
+        f"The background of {found.group} moves the evidence for {of} by {found.effect:+.2f} of its standard deviation "
+        "against that of others"
+    )
+    rows = [
+        {"case": cohort.uids[i], "group": groups.cells[i]}
+        | {f"moves {name}": float(effects[i, m]) for m, name in enumerate(cohort.classes)}
+        for i in range(len(cohort))
+    ]
+    test = Test(says, abs(found.effect), _LEAST, found.p, found.null)
+    return Outcome([test], {"recipients": float(len(hosts))}, rows, _pictures(cohort, groups, hosts[0], effects))
+
+
+def swapped(cohort: Cohort, host: int, donor: int) -> Tensor:
+    """The case `host` (C, *spatial) on the background of `donor`: its own where either has anatomy."""
+    own, other = cohort.anatomy[host], cohort.anatomy[donor]
+    assert own is not None and other is not None
+    kept = (own | other).to(cohort.x[host].dtype)[None, None]
+    rank = kept.ndim - 2
+    grow = getattr(functional, f"max_pool{rank}d")(kept, 2 * _BLEND + 1, 1, _BLEND)
+    blend = getattr(functional, f"avg_pool{rank}d")(grow, 2 * _BLEND + 1, 1, _BLEND, count_include_pad=False)[0]
+    return blend * cohort.x[host] + (1 - blend) * cohort.x[donor]
+
+
+def _hosts(groups: Groups) -> list[int]:
+    """Cases that get the backgrounds, as many of each group and class as there are, in turn."""
+    random = np.random.default_rng(groups.seed)
+    cells = list(zip(groups.strata.tolist(), groups.at.tolist(), strict=True))
+    kinds = sorted(set(cells))
+    waiting = [random.permutation([i for i, cell in enumerate(cells) if cell == kind]).tolist() for kind in kinds]
+    found: list[int] = []
+    while len(found) < min(_RECIPIENTS, len(cells)):
+        found += [one.pop() for one in waiting if one]
+    return found[:_RECIPIENTS]
+
+
+def _pictures(cohort: Cohort, groups: Groups, host: int, effects: np.ndarray) -> list[Picture]:
+    """A case as it is, and on the background of one of each group."""
+    title = f"{cohort.uids[host]} ({groups.cells[host]}) on other backgrounds"
+    shown = [Picture(title, "as it is", cohort.x[host][0])]
+    for g, name in enumerate(groups.names):
+        donors = [i for i in np.flatnonzero(groups.at == g).tolist() if i != host]
+        if donors:
+            # The one that does what is usual for its group.
+            middle = min(donors, key=lambda i: float(np.abs(effects[i] - np.median(effects[donors], 0)).sum()))
+            shown.append(Picture(title, f"of {name}: {cohort.uids[middle]}", swapped(cohort, host, middle)[0]))
+    return shown
