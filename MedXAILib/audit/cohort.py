@@ -28,9 +28,9 @@ class Cohort:
 
     `x` is what the network saw of each (C, *spatial), `maps` where it looked (*spatial), `anatomy` where what should
     matter lies (*spatial; None where that is not known), `labels` what is known of each ("": nothing), and `columns`
-    what else is, such as the site. `output` (N, K) is what the network says, `embedding` (N, 2 F) the means and
-    the maxima of its last layer with a spatial layout, and `gradients` (N, M, F) how its evidence changes with the
-    means; None of a network that has no such layer, for the reason `bare`.
+    what else is, such as the site. `output` (N, K) is what the network says, `embedding` (N, F) the means and the
+    maxima of its last layer with a spatial layout, and `gradients` (N, M, F) how its evidence changes with them (NaN
+    where that cannot be said); None of a network that has no such layer, for the reason `bare`.
     """
 
     model: Model
@@ -164,13 +164,16 @@ def seen(
 
 
 def _inside(question: Question, layer: str) -> tuple[Tensor, Tensor]:
-    """The means and maxima of the activations of `layer` (N, 2 F), and the gradients (N, M, F) of the evidence with
-    respect to the means."""
+    """The means and maxima of the activations of `layer` (N, F), and the gradients (N, M, F) of the evidence with respect
+    to them."""
     values, taken = capture(question, (layer,))
     units = Units.of(layer, taken[layer])
-    moving = [units.moving(question.gradients(v, [taken[layer].raw], keep=True)[0], "mean") for v in values]
-    # What speaks for one of many classes speaks against the others.
+    moving = [units.moving(question.gradients(v, [taken[layer].raw], keep=True)[0], "both") for v in values]
     gradients, classes = torch.stack(moving, 1), len(values)
     if classes > 1:
+        # What speaks for one of many classes speaks against the others.
         gradients = (gradients - gradients.mean(1, keepdim=True)) * classes / (classes - 1)
+    # The mean and the maximum of what is the same everywhere cannot be moved apart.
+    flat = units.flat.amax(2) == units.flat.amin(2)
+    gradients = gradients.masked_fill(flat.repeat(1, 2)[:, None], torch.nan)
     return units.vector("both").float().cpu(), gradients.float().cpu()

@@ -18,26 +18,28 @@ _LEAST = 0.1
 
 
 def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
-    """The probability that the right class gets where it is that which the group usually goes with, less where it is
-    not, class for class."""
+    """The probability that the right class gets where its group is seen with it more than chance would have it,
+    less where it is not, class for class."""
     if not all(cohort.labels):
         raise MedXAIError("What is right is not known: give the column of the label.")
     sure, right = cohort.sureness, np.array(cohort.said) == np.array(cohort.labels)
     classes, label = np.unique(np.asarray(cohort.labels), return_inverse=True)
-    usual = np.array([_usual(label[groups.at == g], label, len(classes)) for g in range(len(groups.names))])
-    # How many of each group are of each class is the same for all draws, so that what is usual is.
-    agrees = usual[groups.draws] == label
+    # How many of each group are of each class is the same for all draws, and so is what goes together.
+    count = np.zeros((len(groups.names), len(classes)))
+    np.add.at(count, (groups.at, label), 1)
+    together = count * count.sum() > count.sum(0) * count.sum(1, keepdims=True)
+    agrees = together[groups.draws, label]
     centred = groups.centred(sure[:, None])[:, 0]
     weight = _weight(agrees[0], groups.strata)
     if weight <= 0:
-        raise MedXAIError(f"No case of a class is of a '{groups.column}' that goes with another: nothing to compare.")
+        raise MedXAIError(f"No class has cases of a '{groups.column}' that goes with it and of one that does not.")
     effect = agrees @ centred / weight
     rows = []
     for g, name in enumerate(groups.names):
         for k, of in enumerate(classes):
             here = (groups.at == g) & (label == k)
             if here.any():
-                one = {"group": name, "class": str(of), "usual": bool(usual[g] == k), "cases": int(here.sum())}
+                one = {"group": name, "class": str(of), "usual": bool(together[g, k]), "cases": int(here.sum())}
                 rows.append({**one, "accuracy": float(right[here].mean()), "probability": float(sure[here].mean())})
     met = agrees[0]
     says = (
@@ -47,11 +49,6 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     )
     test = Test(says, float(effect[0]), _LEAST, exceeded(effect[0], effect[1:]), effect[1:])
     return Outcome([test], {"agree": float(sure[met].mean()), "disagree": float(sure[~met].mean())}, rows)
-
-
-def _usual(own: np.ndarray, label: np.ndarray, classes: int) -> int:
-    """The class that is more frequent in a group than in all, by the largest ratio."""
-    return int((np.bincount(own, minlength=classes) / np.bincount(label, minlength=classes)).argmax())
 
 
 def _weight(agrees: np.ndarray, strata: np.ndarray) -> float:

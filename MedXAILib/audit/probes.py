@@ -34,8 +34,9 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     areas = _areas(_held_out(vectors, groups), groups)
     visible = groups.largest(areas[..., None] - 0.5)
     # Every case moves by as much, so that the mean gradient says how far the evidence does.
-    gradient = cohort.gradients.mean(0, dtype=np.float64)
-    moved = groups.contrasts(cohort.embedding[:, : gradient.shape[1]]) @ gradient.T
+    said = np.isfinite(cohort.gradients)
+    gradient = np.where(said, cohort.gradients, 0.0).sum(0) / said.sum(0).clip(1)
+    moved = groups.contrasts(cohort.embedding) @ gradient.T
     used = groups.largest(moved / cohort.evidence.std(0).clip(1e-12))
     area = visible.effect + 0.5
     reads = f"{visible.group} can be told from the embedding of a case with an area under the curve of {area:.2f}"
