@@ -84,6 +84,7 @@ class Influence(LibraryMethod):
     )
     checkpoints: Names = Field(
         (),
+        json_schema_extra={"path": True},
         description="files of weights, or folders of them, of the network's training or of others of its kind: tracin "
         "and trak are the mean over them; the network as it is when left out",
     )

@@ -66,7 +66,9 @@ class Latent(Teller):
     )
 
     generator: str = Field(
-        "", description="the bundle of a generative network, or the name of one that ships; lung_nodule_vae if left out"
+        "",
+        json_schema_extra={"path": True},
+        description="the bundle of a generative network, or the name of one that ships; lung_nodule_vae if left out",
     )
     along: str = Field(
         DECISION,

@@ -68,7 +68,9 @@ class Rules(LibraryMethod):
         "when left out",
     )
     table: str = Field(
-        "", description="CSV file in place of a library: volume, label, patient, what the network said, and numbers"
+        "",
+        json_schema_extra={"path": True},
+        description="CSV file in place of a library: volume, label, patient, what the network said, and numbers",
     )
     of: Literal["", "known", "named"] = Field(
         "",
