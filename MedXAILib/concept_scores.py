@@ -27,6 +27,7 @@ class Concept:
 
     Where the decision follows from the concepts alone, `weights` is by how much one unit of it moves the score of each
     class (of what has no value: what it is itself), and of those that share a `scale` one is there and no other.
+    `chance` is by how much the score of the target changes along random concepts, by which several scans are compared.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Concept:
     numbers: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     scale: str = ""
+    chance: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,9 @@ class ConceptScores(Explanation):
     def _read(cls, folder: Path, manifest: dict[str, Any], common: dict[str, Any]) -> ConceptScores:
         return cls(
             **common,
-            concepts=tuple(Concept(**said) for said in manifest["concepts"]),
+            concepts=tuple(
+                Concept(**{**said, "chance": tuple(said.get("chance", ()))}) for said in manifest["concepts"]
+            ),
             scored=manifest["scored"],
             text=manifest["text"],
             maps=read_maps(folder, manifest["files"]),

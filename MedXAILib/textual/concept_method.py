@@ -49,12 +49,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a concept means to a class, and the `p` of its being chance."""
+    """What a concept means to a class, and the `p` of its being chance; `chance` are mean changes of the class's score
+    along random concepts."""
 
     score: float
     interval: float
     p: float
     numbers: dict[str, float]
+    chance: tuple[float, ...] = ()
 
 
 class ConceptMethod(Teller):
@@ -146,6 +148,7 @@ class ConceptMethod(Teller):
                 shown.get(i),
                 row.found.refused,
                 {**row.found.numbers, **(_numbers(row.scored[0], q[0]) if q else {}), **same.get(row.name, {})},
+                chance=row.scored[0].chance if row.scored else (),
             )
             for i, (row, q) in enumerate(zip(rows, qs, strict=True))
         ]

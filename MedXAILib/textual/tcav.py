@@ -122,10 +122,10 @@ def score(changes: np.ndarray, drawn: np.ndarray, kind: Literal["alpha", "sign",
     else:
         ends = [(sure + side * _WIDTH > 0).mean() for side in (-1, 1)]
     numbers = {"alpha_tcav": float(shares["alpha"]), "tcav": float(shares["sign"]), "magnitude": mean}
-    p = among(mean, by_chance)
+    p, chance = among(mean, by_chance), tuple(by_chance.tolist())
     if kind == "magnitude":
-        return Scored(mean, float(_WIDTH * by_chance.std(ddof=1)), p, numbers)
-    return Scored(float(2 * shares[kind] - 1), float(ends[1] - ends[0]), p, numbers)
+        return Scored(mean, float(_WIDTH * by_chance.std(ddof=1)), p, numbers, chance)
+    return Scored(float(2 * shares[kind] - 1), float(ends[1] - ends[0]), p, numbers, chance)
 
 
 def concept_vector(x: np.ndarray, y: np.ndarray, kind: Vector) -> np.ndarray:
