@@ -22,6 +22,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from MedXAILib import __version__
+from MedXAILib.audit.commands import audit
 from MedXAILib.cases import commands as cases
 from MedXAILib.cohort import commands as cohort
 from MedXAILib.errors import Cancelled, MedXAIError, Untrusted, unknown
@@ -88,6 +89,7 @@ app = typer.Typer(
 )
 
 
+app.command()(audit)
 app.add_typer(cases.app, name="cases")
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(study.app, name="study")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,21 @@ from MedXAILib.audit import clusters, counterexamples, neighbours, outside, prob
 from MedXAILib.audit.cohort import Cohort
 from MedXAILib.audit.groups import Groups
 from MedXAILib.audit.outcome import Outcome, Picture, Test
+from MedXAILib.durable import write_durably
 from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.run import Run
-from MedXAILib.trust.finding import Finding, Light
+from MedXAILib.table import write_rows
+from MedXAILib.trust.finding import COLOURS, Finding, Light
 
 ALPHA = 0.05
+
+WORDS: dict[Light | None, tuple[str, str]] = {
+    "poor": ("alarm", COLOURS["poor"][1]),
+    "fair": ("warning", COLOURS["fair"][1]),
+    None: ("cannot say", COLOURS[None][1]),
+    "good": ("no sign", COLOURS["good"][1]),
+}
+"""What a light means here, and its colour; the gravest first."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,24 @@ class Audit:
     def alarm(self) -> bool:
         """Whether anything alarms."""
         return any(found.light == "poor" for found in self.findings)
+
+    def save(self, folder: Path, made: Mapping[str, Any]) -> None:
+        """Write `audit.json`, with what is `made` known of where it comes from, and a table for each check and
+        column."""
+        folder.mkdir(parents=True, exist_ok=True)
+        said = {
+            "format": 1,
+            "alarm": self.alarm,
+            "cases": self.cases,
+            "findings": [found.to_json() for found in self.findings],
+            "left_out": dict(self.left_out),
+            "provenance": dict(made),
+        }
+        write_durably(folder / "audit.json", json.dumps(said, indent=2, ensure_ascii=False))
+        for key, rows in self.tables.items():
+            heads = list(dict.fromkeys(name for row in rows for name in row))
+            cells = [[row.get(head, "") for head in heads] for row in rows]
+            write_rows(folder / (re.sub(r"[^\w-]+", "-", key) + ".csv"), heads, cells)
 
 
 def audit(
@@ -143,7 +174,7 @@ def _light(test: Test, q: float, strictest: float, known: bool) -> Light | None:
 
 
 def _worst(lights: Sequence[Light | None]) -> Light | None:
-    return min(lights, key=("poor", "fair", None, "good").index)
+    return min(lights, key=list(WORDS).index)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -18,6 +18,7 @@ from MedXAILib.audit.cohort import Cohort
 from MedXAILib.audit.groups import Groups
 from MedXAILib.audit.outcome import Outcome, Picture, Test
 from MedXAILib.errors import MedXAIError
+from MedXAILib.report.localisation import highest
 from MedXAILib.run import Run
 from MedXAILib.textual.significance import exceeded
 
@@ -51,7 +52,9 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
         rows.append({**one, **shares})
         most = max(shares, key=lambda name: shares[name])
         group = f"Cluster {c + 1}: {len(inside)} maps, {shares[most]:.0%} of {most}"
-        pictures += [Picture(group, cohort.uids[i], cohort.x[i][0], cohort.maps[i]) for i in nearest]
+        for i in nearest:
+            heat = cohort.maps[i]
+            pictures.append(Picture(group, cohort.uids[i], cohort.x[i][0], cohort.affines[i], highest(heat), heat))
     says = (
         f"The maps fall into {len(rows)} clusters, which tell {max(effect[0], 0):.0%} of what is not known of the "
         f"{groups.column} once the class is"
@@ -100,14 +103,17 @@ def _plogp(p: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 
 def _means(cohort: Cohort, groups: Groups) -> list[Picture]:
-    """The mean map of each group, each map brought to sum to one; none where cases differ in size."""
+    """The mean map of each group, each map brought to sum to one, in the plane where groups differ most; none where
+    cases differ in size."""
     if len({heat.shape for heat in cohort.maps}) > 1:
         return []
     shares = torch.stack([heat / heat.sum() for heat in cohort.maps])
     scans = torch.stack([x[0] for x in cohort.x])
     of = [torch.from_numpy(groups.at == g) for g in range(len(groups.names))]
-    title = "Mean map and mean scan"
+    means = torch.stack([shares[own].mean(0) for own in of])
+    focus = highest(means.var(0) if len(of) > 1 else means[0])
+    title = "Mean map over mean scan, in the plane where they differ most"
     return [
-        Picture(title, f"{name}, {int(own.sum())} cases", scans[own].mean(0), shares[own].mean(0))
-        for name, own in zip(groups.names, of, strict=True)
+        Picture(title, f"{name}, {int(own.sum())} cases", scans[own].mean(0), cohort.affines[0], focus, mean)
+        for name, own, mean in zip(groups.names, of, means, strict=True)
     ]

@@ -26,16 +26,18 @@ _TIMES = 1000
 class Cohort:
     """N cases of one network.
 
-    `x` is what the network saw of each (C, *spatial), `maps` where it looked (*spatial), `anatomy` where what should
-    matter lies (*spatial; None where that is not known), `labels` what is known of each ("": nothing), and `columns`
-    what else is, such as the site. `output` (N, K) is what the network says, `embedding` (N, F) the means and the
-    maxima of its last layer with a spatial layout, and `gradients` (N, M, F) how its evidence changes with them (NaN
-    where that cannot be said); None of a network that has no such layer, for the reason `bare`.
+    `x` is what the network saw of each (C, *spatial), on a grid that `affines` place (index to RAS mm), `maps` where it
+    looked (*spatial), `anatomy` where what should matter lies (*spatial; None where that is not known), `labels` what
+    is known of each ("": nothing), and `columns` what else is, such as the site. `output` (N, K) is what the network
+    says, `embedding` (N, F) the means and the maxima of its last layer with a spatial layout, and `gradients` (N, M, F)
+    how its evidence changes with them (NaN where that cannot be said); None of a network that has no such layer, for
+    the reason `bare`.
     """
 
     model: Model
     uids: Sequence[str]
     x: Sequence[Tensor]
+    affines: Sequence[np.ndarray]
     maps: Sequence[Tensor]
     anatomy: Sequence[Tensor | None]
     labels: Sequence[str]
@@ -55,6 +57,7 @@ class Cohort:
             self,
             uids=[self.uids[i] for i in at],
             x=[self.x[i] for i in at],
+            affines=[self.affines[i] for i in at],
             maps=[self.maps[i] for i in at],
             anatomy=[self.anatomy[i] for i in at],
             labels=[self.labels[i] for i in at],
@@ -108,8 +111,10 @@ def seen(
     anatomy: Sequence[Tensor | None] | None = None,
     uids: Sequence[str] | None = None,
     run: Run | None = None,
+    affines: Sequence[np.ndarray] | None = None,
 ) -> Cohort:
-    """The cohort of cases of which `model` sees `x` and whose `maps` are computed: asks the network about each.
+    """The cohort of cases of which `model` sees `x` and whose `maps` are computed: asks the network about each. Their
+    axes point to the right, to the front and up unless `affines` say otherwise.
 
     Raises:
         MedXAIError: when it does not tell classes apart.
@@ -152,6 +157,7 @@ def seen(
         model,
         [f"case {i + 1}" for i in range(count)] if uids is None else uids,
         x,
+        [np.eye(x[0].ndim)] * count if affines is None else affines,
         [each.detach().abs() for each in maps],
         [None] * count if anatomy is None else anatomy,
         labels,
@@ -164,8 +170,7 @@ def seen(
 
 
 def _inside(question: Question, layer: str) -> tuple[Tensor, Tensor]:
-    """The means and maxima of the activations of `layer` (N, F), and the gradients (N, M, F) of the evidence with respect
-    to them."""
+    """The means and maxima of the activations of `layer` (N, F), and the gradients (N, M, F) of the evidence there."""
     values, taken = capture(question, (layer,))
     units = Units.of(layer, taken[layer])
     moving = [units.moving(question.gradients(v, [taken[layer].raw], keep=True)[0], "both") for v in values]

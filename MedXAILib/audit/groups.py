@@ -121,7 +121,7 @@ class Groups:
         spread = found[1:].std(0)
         apart = np.abs(np.divide(found, spread, out=np.zeros_like(found), where=spread > 1e-12))
         apart = np.nan_to_num(apart).reshape(len(found), -1)
-        group, column = np.unravel_index(int(apart[0].argmax()), found.shape[1:])
+        group, column = np.unravel_index(int(apart[0].round(9).argmax()), found.shape[1:])
         most = apart.max(1)
         effect = found[:, group, column]
         name = self.names[int(group)]

@@ -28,11 +28,14 @@ class Test:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A scan (*spatial) with a map (*spatial) over it, if there is one; `group` are shown side by side."""
+    """A scan (*spatial) with a map (*spatial) over it, if there is one, in the plane through the voxel `focus`; those
+    of one `group` are shown side by side."""
 
     group: str
     title: str
     scan: Tensor
+    affine: np.ndarray
+    focus: Sequence[int]
     heat: Tensor | None = None
 
 

@@ -11,6 +11,7 @@ from MedXAILib.audit.cohort import Cohort, evidence_of
 from MedXAILib.audit.groups import Groups
 from MedXAILib.audit.outcome import Outcome, Picture, Test
 from MedXAILib.errors import MedXAIError
+from MedXAILib.report.localisation import highest
 from MedXAILib.run import Run
 
 TITLE = "Does the background of another site change the answer?"
@@ -88,13 +89,20 @@ def _hosts(groups: Groups) -> list[int]:
 
 
 def _pictures(cohort: Cohort, groups: Groups, host: int, effects: np.ndarray) -> list[Picture]:
-    """A case as it is, and on the background of one of each group."""
-    title = f"{cohort.uids[host]} ({groups.cells[host]}) on other backgrounds"
-    shown = [Picture(title, "as it is", cohort.x[host][0])]
-    for g, name in enumerate(groups.names):
-        donors = [i for i in np.flatnonzero(groups.at == g).tolist() if i != host]
-        if donors:
-            # The one that does what is usual for its group.
-            middle = min(donors, key=lambda i: float(np.abs(effects[i] - np.median(effects[donors], 0)).sum()))
-            shown.append(Picture(title, f"of {name}: {cohort.uids[middle]}", swapped(cohort, host, middle)[0]))
-    return shown
+    """A case as it is, and on the background of one of each group, in the plane that matters most of these."""
+    donors = []
+    for g in range(len(groups.names)):
+        of_group = np.array([i for i in np.flatnonzero(groups.at == g) if i != host])
+        # The one that does what is usual for its group.
+        apart = np.abs(effects[of_group] - np.median(effects[of_group], 0)).sum(1)
+        donors += of_group[apart.argsort()[:1]].tolist()
+    seen = torch.stack([cohort.maps[i] * ~(cohort.anatomy[i] | cohort.anatomy[host]) for i in donors])  # type: ignore[operator]
+    focus, affine = highest(seen.sum(0)), cohort.affines[host]
+    title = f"{cohort.uids[host]} (of {groups.cells[host]}) on other backgrounds"
+    return [
+        Picture(title, "as it is", cohort.x[host][0], affine, focus),
+        *(
+            Picture(title, f"of {groups.cells[i]}: {cohort.uids[i]}", swapped(cohort, host, i)[0], affine, focus)
+            for i in donors
+        ),
+    ]
