@@ -34,10 +34,10 @@ _READING = (
 
 def page(audit: Audit, made: Mapping[str, Any]) -> str:
     """The HTML page, UTF-8; `made` says where the cohort comes from."""
-    by = ", ".join(escape(column) for column in made["by"])
+    by, network, method = ", ".join(map(escape, made["by"])), made["model"]["name"], title(made["method"])
     parts = [
         f"<h1>Does the network lean on the {by}?</h1>",
-        f"<p class=lead>{escape(made['model']['name'])}, {audit.cases} cases, maps of {escape(title(made['method']))}.</p>",
+        f"<p class=lead>{escape(f'{network}, {audit.cases} cases, maps of {method}')}.</p>",
         f"<p class=warning>{RESEARCH_ONLY}</p>",
         f"<p><strong>{_verdict(audit)}</strong></p>",
         listed(made["notes"]),
