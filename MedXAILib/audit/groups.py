@@ -56,7 +56,7 @@ class Groups:
         """
         names, at = np.unique(np.asarray(cells), return_inverse=True)
         random = np.random.default_rng(seed)
-        drawn = np.tile(at, (draws + 1, 1))
+        drawn = np.tile(at.astype(np.int16), (draws + 1, 1))
         for stratum in np.unique(strata):
             inside = np.flatnonzero(strata == stratum)
             drawn[1:, inside] = random.permuted(drawn[1:, inside], axis=1)
