@@ -24,7 +24,7 @@ MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
 THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors scipy sklearn torch typer".split())
 # The extras `cases`, `cohort` and `dicom`, imported only where they are needed.
-THIRD_PARTY |= {"lancedb", "pyarrow", "dask", "distributed", "highdicom", "pydicom"}
+THIRD_PARTY |= {"lancedb", "pyarrow", "dask", "dask_jobqueue", "distributed", "highdicom", "pydicom"}
 
 # What Slicer brings and loads fast; qt and ctk are there in the application only.
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
