@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +14,6 @@ app = typer.Typer(
 )
 
 _Folder = Annotated[Path, typer.Argument(help="The folder of the plan and its results.", show_default=False)]
-
-_SLURM = """#!/bin/sh
-#SBATCH --job-name=medxai
-#SBATCH --array=0-{last}
-#SBATCH --requeue
-#SBATCH --cpus-per-task=2
-# A job that is requeued leaves out what it has done already.
-exec medxai cohort run {folder} --shard "$SLURM_ARRAY_TASK_ID/{jobs}"{more}
-"""
 
 
 @app.command()
@@ -38,7 +28,7 @@ def plan(
         typer.Option(
             "--method",
             "-m",
-            help="A method, or one with parameters, as 'rise:masks=200;cells=6'; may be given again.",
+            help="A method, or one with parameters, as 'rise:samples=200;cell=6'; may be given again.",
             show_default=False,
         ),
     ],
@@ -69,6 +59,17 @@ def run(
         str | None,
         typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
     ] = None,
+    jobqueue: Annotated[
+        str | None,
+        typer.Option("--jobqueue", help="Submit jobs to this batch system: slurm, pbs or lsf.", show_default=False),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Of the batch system: how many jobs.")] = 10,
+    queue: Annotated[str | None, typer.Option("--queue", help="... queue or partition.", show_default=False)] = None,
+    walltime: Annotated[
+        str | None, typer.Option("--walltime", help="... time of a job, as the system has it.", show_default=False)
+    ] = None,
+    memory: Annotated[str, typer.Option("--memory", help="... memory of a job.")] = "8GB",
+    cores: Annotated[int, typer.Option("--cores", min=1, help="... cores of a job.")] = 2,
     shard: Annotated[
         str | None, typer.Option("--shard", help="Only part I of N, as 3/20: for arrays of jobs.", show_default=False)
     ] = None,
@@ -77,6 +78,7 @@ def run(
 ) -> None:
     """Compute what is still to do. It may be interrupted at any time, and goes on where it was."""
     from MedXAILib.cli import _live
+    from MedXAILib.cohort.batch import Jobs
     from MedXAILib.cohort.engine import compute
 
     part = None
@@ -85,8 +87,12 @@ def run(
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise typer.BadParameter("give a part as I/N, counted from 0: 3/20")
         part = int(index), int(count)
+    where: str | Jobs | None = scheduler
+    if jobqueue is not None:
+        gpu = (device or "").startswith("cuda")
+        where = Jobs(jobqueue, folder.resolve() / "logs", jobs, queue, walltime, memory, cores, gpu)
     with _live() as live:
-        said = compute(folder, workers, scheduler, device, part, live, trust)
+        said = compute(folder, workers, where, device, part, live, trust)
     typer.echo(", ".join(f"{count} {status}" for status, count in said.items()) or "Everything was done already.")
     if said["failed"]:
         raise typer.Exit(3)
@@ -129,8 +135,9 @@ def slurm(
     trust: Annotated[bool, typer.Option("--trust", help="Let the plan's model run code of its own.")] = False,
 ) -> None:
     """Print a script for sbatch, which computes the plan as an array of jobs, without a scheduler of its own."""
-    more = (f" --device {shlex.quote(device)}" if device else "") + " --trust" * trust
-    typer.echo(_SLURM.format(last=jobs - 1, folder=shlex.quote(str(folder.resolve())), jobs=jobs, more=more), nl=False)
+    from MedXAILib.cohort.batch import array
+
+    typer.echo(array(folder, jobs, device, trust), nl=False)
 
 
 @app.command()

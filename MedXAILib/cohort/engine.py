@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from MedXAILib.cohort.batch import Jobs
 from MedXAILib.cohort.plan import Unit, read_plan, unit_of
 from MedXAILib.cohort.work import RECEIPTS, Status, do, write_receipt
 from MedXAILib.errors import MedXAIError
@@ -61,7 +62,7 @@ def todo(folder: Path) -> list[str]:
 def compute(
     folder: str | Path,
     workers: int = 0,
-    scheduler: str | None = None,
+    scheduler: str | Jobs | None = None,
     device: str | None = None,
     shard: tuple[int, int] | None = None,
     run: Run | None = None,
@@ -71,7 +72,8 @@ def compute(
 
     Args:
         workers: processes on this machine, one unit each at a time; 0 computes in this one.
-        scheduler: the address of a Dask scheduler (``tcp://...``) whose workers see the same folder, instead.
+        scheduler: the address of a Dask scheduler (``tcp://...``) whose workers see the same folder, instead,
+            or jobs of a batch system.
         device: where the network runs. Workers of a scheduler that name a resource "GPU" get the work for "cuda".
         shard: this is part i of n (from 0): what a job of an array of jobs does, without a scheduler.
         run: progress and cancel.
@@ -100,7 +102,7 @@ def carry_out(
     keys: list[str],
     title: str,
     workers: int = 0,
-    scheduler: str | None = None,
+    scheduler: str | Jobs | None = None,
     device: str | None = None,
     run: Run | None = None,
 ) -> Counter[str]:
@@ -117,7 +119,7 @@ def carry_out(
 
 @contextmanager
 def _outcomes(
-    task: Task, keys: list[str], workers: int, scheduler: str | None, device: str | None
+    task: Task, keys: list[str], workers: int, scheduler: str | Jobs | None, device: str | None
 ) -> Iterator[Iterator[str]]:
     """What becomes of each of `keys`, as it is known."""
     if not keys or (not workers and scheduler is None):
@@ -195,7 +197,7 @@ def _has_gpus(client: Any) -> bool:
 
 
 @contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
+def _client(workers: int, scheduler: str | Jobs | None) -> Iterator[Any]:
     try:
         import dask
         from distributed import Client, LocalCluster
@@ -207,18 +209,26 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         # A worker that was killed is started anew, and given up for good if it is not back by then: importing PyTorch
         # takes long on a busy machine.
         "distributed.deploy.lost-worker-timeout": _GONE,
+        # Dask has freed memory returned to the system at once, which makes a network a third slower.
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
     }
     with dask.config.set(settings):
-        if scheduler is not None:
+        if isinstance(scheduler, str):
             try:
                 with Client(scheduler, timeout=30) as client:
                     yield client
             except OSError as error:
                 raise MedXAIError(f"No scheduler answers at '{scheduler}': start one, or check the address.") from error
             return
+        if scheduler is not None:
+            with scheduler.submitted() as cluster, Client(cluster) as client:
+                yield client
+            return
         # No dashboard: it would be one more port, and needs another package.
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
-        )
-        with cluster, Client(cluster) as client:
+        with (
+            LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
+            ) as cluster,
+            Client(cluster) as client,
+        ):
             yield client
