@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from MedXAILib.errors import MedXAIError
@@ -21,4 +22,6 @@ def write_durably(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise MedXAIError(f"'{path}' cannot be written ({error.strerror}): free some space, or give leave.") from error

@@ -70,26 +70,28 @@ class Row:
         return (point[0], point[1], point[2]) if point else None
 
 
-def read_rows(table: Path) -> list[Row]:
-    """The rows of a CSV file with a column 'volume'.
+def read_rows(table: Path, column: str = "volume") -> list[Row]:
+    """The rows of a CSV file, or of a TSV file if its name says so, with a `column` that has to be there.
 
     Raises:
         MedXAIError: when it cannot be read, holds no row, or a row has more cells than there are columns.
     """
+    kind, delimiter, apart = ("TSV", "\t", "tabs") if table.suffix == ".tsv" else ("CSV", ",", "commas")
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            lines = [(n, [cell.strip() for cell in line]) for n, line in enumerate(csv.reader(file), 1)]
+            read = csv.reader(file, delimiter=delimiter)
+            lines = [(n, [cell.strip() for cell in line]) for n, line in enumerate(read, 1)]
     except OSError as error:
         raise MedXAIError(f"The table '{table}' cannot be read ({error.strerror}): check the path.") from error
     except UnicodeDecodeError as error:
-        raise MedXAIError(f"'{table}' is not a text file in UTF-8: save it as 'CSV UTF-8'.") from error
+        raise MedXAIError(f"'{table}' is not a text file in UTF-8: save it as '{kind} UTF-8'.") from error
     except csv.Error as error:
-        raise MedXAIError(f"'{table}' is not a CSV file ({error}): separate cells by commas.") from error
+        raise MedXAIError(f"'{table}' is not a {kind} file ({error}): separate cells by {apart}.") from error
     (_, columns), *filled = [line for line in lines if any(line[1])] or [(1, [])]
-    if "volume" not in columns or not filled:
+    if column not in columns or not filled:
         said = f"; its first row is '{','.join(columns)[:80]}'" if columns else ""
         raise MedXAIError(
-            f"'{table}' holds no cases: give a CSV file with a column 'volume' and a row for each scan{said}."
+            f"'{table}' holds no cases: give a {kind} file with a column '{column}' and a row for each case{said}."
         )
     twice = next((column for column in columns if column and columns.count(column) > 1), None)
     if twice:

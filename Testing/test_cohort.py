@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,7 @@ from MedXAILib.cli import app
 from MedXAILib.cohort import engine, work
 from MedXAILib.cohort import reduce as reduction
 from MedXAILib.cohort.engine import compute, todo
-from MedXAILib.cohort.plan import Plan, make_plan, read_plan
+from MedXAILib.cohort.plan import Plan, Unit, make_plan, read_plan
 from MedXAILib.cohort.reduce import by_group, reduce
 from MedXAILib.cohort.state import retry, state, verify
 from MedXAILib.cohort.subjects import find_subjects
@@ -244,6 +248,213 @@ def test_a_scan_by_two_names_is_computed_once(table: Path, tmp_path: Path) -> No
     plan = make_plan(str(MODEL), "f", {"gradient": {}}, [one, replace(one, uid="again")])
     plan.save(tmp_path)
     assert len(list(plan.units())) == 2 and len(todo(tmp_path)) == 1
+
+
+def moved(file: Path, seconds: float = 1.0) -> None:
+    """Let a file look as if it was written at another time."""
+    known = file.stat()
+    os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns + int(seconds * 1e9)))
+
+
+def test_a_scan_that_was_replaced_is_explained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = scans(tmp_path / "scans", 5)
+    planned(table, tmp_path / "cohort", gradient={})
+    compute(tmp_path / "cohort")
+    before = digests(tmp_path / "cohort")
+    assert state(tmp_path / "cohort").replaced == 0
+    whole, other = tmp_path / "scans" / "scan-2.nrrd", tmp_path / "scans" / "scan-3.nrrd"
+    # One gets the voxels of another in its place, one is copied as it is, one is gone, and the damaged one is mended.
+    image, there = sitk.ReadImage(str(whole)), sitk.ReadImage(str(other))
+    image.CopyInformation(there)
+    sitk.WriteImage(image, str(other))
+    moved(other)
+    moved(whole)
+    (tmp_path / "scans" / "scan-4.nrrd").unlink()
+    sitk.WriteImage(there, str(tmp_path / "scans" / "scan-0.nrrd"))
+    assert state(tmp_path / "cohort").replaced == 2
+    run = mx.Run()
+    assert compute(tmp_path / "cohort", run=run) == {"done": 2}
+    assert any("2 scans were replaced" in note for note in run.notes)
+    after = digests(tmp_path / "cohort")
+    units = {unit.subject.uid: unit.key for unit in read_plan(tmp_path / "cohort").units()}
+    assert [uid for uid, key in units.items() if after[key] != before[key]] == ["case-0", "case-3"]
+    known = receipt(tmp_path / "cohort", units["case-3"])
+    assert known is not None and known["volume"] == mx.load_volume(other).fingerprint
+    # That which is as it was is read once, and not again.
+    monkeypatch.setattr(work, "load_volume", None)
+    assert compute(tmp_path / "cohort") == {} and verify(tmp_path / "cohort") == []
+    monkeypatch.undo()
+    sitk.WriteImage(there, str(whole))
+    assert verify(tmp_path / "cohort") == [units["case-2"]] == todo(tmp_path / "cohort")
+
+
+def test_files_of_a_series_are_looked_at_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "ct").mkdir()
+    for name in ("a.dcm", "b.dcm"):
+        (tmp_path / "ct" / name).write_bytes(b"1234")
+    first = work.stamp([str(tmp_path / "ct")])
+    assert first == work.stamp([str(tmp_path / "ct")])
+    moved(tmp_path / "ct" / "a.dcm")
+    second = work.stamp([str(tmp_path / "ct")])
+    (tmp_path / "ct" / "b.dcm").rename(tmp_path / "ct" / "c.dcm")
+    assert len({first, second, work.stamp([str(tmp_path / "ct")]), None}) == 4
+    assert work.stamp([str(tmp_path / "ct"), str(tmp_path / "none")]) is None
+
+
+def test_a_receipt_that_cannot_be_read_is_as_none(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "cohort")
+    files = sorted((tmp_path / "cohort" / RECEIPTS).iterdir())
+    for file, text in zip(files, ("", "[1]", "{}", '{"unit": "x", "status": "done"}', "\xff"), strict=False):
+        file.write_text(text, encoding="latin-1")
+    assert state(tmp_path / "cohort").counts["waiting"] == 5
+    assert compute(tmp_path / "cohort").total() == 5 and digests(tmp_path / "cohort") == digests(undisturbed)
+
+
+def test_everything_refused_is_no_success(tmp_path: Path) -> None:
+    table = scans(tmp_path / "scans", 3)
+    planned(table, tmp_path / "cohort", gradient={})
+    planned_of_bad = make_plan(str(MODEL), mx.load_model(MODEL).fingerprint, {"gradient": {}}, find_subjects(table)[:2])
+    planned_of_bad.save(tmp_path / "bad")
+    run = CliRunner().invoke
+    assert run(app, ["cohort", "run", str(tmp_path / "cohort")]).exit_code == 0
+    said = run(app, ["cohort", "run", str(tmp_path / "bad")])
+    assert said.exit_code == 4 and "Nothing could be explained" in said.output
+    # Nor is it when there is nothing left to do.
+    assert run(app, ["cohort", "run", str(tmp_path / "bad")]).exit_code == 4
+
+
+def test_a_damaged_plan_is_said_to_be(table: Path, tmp_path: Path) -> None:
+    text = planned(table, tmp_path).save(tmp_path).read_text(encoding="utf-8")
+    said = json.loads(text)
+    first = said["subjects"][0]
+    wrong = [
+        {**said, "subjects": "x"},
+        {**said, "subjects": [{**first, "region": "north"}]},
+        {**said, "subjects": [{**first, "volume": [1]}]},
+        {**said, "methods": ["gradient"]},
+        {**said, "seed": "first"},
+        {**said, "format": 2},
+        [said],
+        "plan",
+        None,
+    ]
+    for damaged in ["\xff", text[: len(text) // 2], "", *map(json.dumps, wrong)]:
+        (tmp_path / "plan.json").write_text(damaged, encoding="latin-1")
+        with pytest.raises(mx.MedXAIError, match=r"plan\.json' is damaged"):
+            read_plan(tmp_path)
+    answer = CliRunner().invoke(app, ["cohort", "status", str(tmp_path)])
+    assert answer.exit_code == 1 and "make the plan again" in answer.output
+
+
+def test_a_participants_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sub-01").mkdir()
+    (tmp_path / "sub-01" / "sub-01_T1w.nii").touch()
+    (tmp_path / "dataset_description.json").touch()
+    for text, said in (
+        ("id\tsex\nsub-01\tF\n", "column 'participant_id'"),
+        ("participant_id,sex\nsub-01,F\n", "column 'participant_id'"),
+        ("participant_id\tsex\nsub-01\tF\tnorth\n", "3 cells and there are 2 columns"),
+        ("participant_id\tort\nsub-01\tM\xfcnchen\n", "not a text file in UTF-8"),
+    ):
+        (tmp_path / "participants.tsv").write_text(text, encoding="latin-1")
+        with pytest.raises(mx.MedXAIError, match=f"participants.tsv.*{said}"):
+            find_subjects(tmp_path)
+
+
+_OWN_CODE = """
+import torch
+import MedXAILib as mx
+
+def make():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d(2), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    return mx.Model(network, task="classification", class_names=("a", "b"), patch_size=(8, 8, 8))
+"""
+
+
+def test_code_that_lies_where_the_plan_was_made_is_found(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "its_own_network.py").write_text(_OWN_CODE, encoding="utf-8")
+    elsewhere = list(sys.path)
+
+    def said(where: Path, *args: object) -> str:
+        """What another process says, which knows nothing of this folder but that it stands in `where`."""
+        monkeypatch.setattr(sys, "path", list(elsewhere))
+        sys.modules.pop("its_own_network", None)
+        work._model.cache_clear()
+        monkeypatch.chdir(where)
+        return CliRunner().invoke(app, ["cohort", *map(str, args)]).output
+
+    folder, model = tmp_path / "cohort", ("--model", "its_own_network:make", "--method", "gradient")
+    assert "7 cases" in said(tmp_path, "plan", folder, "--data", table, *model)
+    assert read_plan(folder).code == str(tmp_path)
+    # The plan may be from a stranger, and so the folder that it names.
+    assert "say --trust" in said(tmp_path.parent, "run", folder)
+    assert "5 done" in said(tmp_path.parent, "run", folder, "--trust")
+    # What is installed is found without.
+    assert make_plan("json:loads", "f", METHODS, find_subjects(table)).code is None
+    sys.modules.pop("its_own_network", None)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_nothing_half_done(
+    table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(table, tmp_path)
+    for module, name in ((os, "fsync"), (sitk, "WriteImage")):
+        monkeypatch.setattr(module, name, full)
+        with pytest.raises(mx.MedXAIError, match=r"No space left|disk is full"):
+            compute(tmp_path)
+        monkeypatch.undo()
+        assert not [path.name for path in (tmp_path / RECEIPTS).glob(".*")]
+    said = compute(tmp_path)
+    assert said["failed"] == 0 and digests(tmp_path) == digests(undisturbed) and verify(tmp_path) == []
+
+
+def test_two_drivers_at_once_do_the_same_as_one(
+    table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(table, tmp_path)
+
+    def explained(_plan: object, unit: Unit, *_: object) -> mx.Explanation:
+        return mx.load_explanation(undisturbed / RESULTS / unit.key)
+
+    # Two threads in step, whose network is as quick: they meet at every unit.
+    monkeypatch.setattr(work, "_explained", explained)
+    monkeypatch.setattr(work, "_model", lambda *_: SimpleNamespace(fingerprint=read_plan(tmp_path).fingerprint))
+    with ThreadPoolExecutor(2) as both:
+        said = list(both.map(compute, [tmp_path, tmp_path]))
+    assert all(one["failed"] == 0 for one in said)
+    assert state(tmp_path).counts == {"done": 10, "refused": 4}
+    assert digests(tmp_path) == digests(undisturbed) and verify(tmp_path) == []
+    assert not list((tmp_path / RESULTS).glob(".*"))
+
+
+def test_a_driver_that_is_a_moment_late_takes_no_harm(
+    table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = list(planned(table, tmp_path, gradient={}).units())[3]
+    true = work.digest
+
+    def overtaken(place: Path) -> str:
+        # The other has put its result there, or is about to, and has not written its receipt yet.
+        shutil.copytree(place, tmp_path / RESULTS / unit.key)
+        (tmp_path / RESULTS / unit.key / "map.nrrd").write_bytes(b"half")
+        return true(place)
+
+    monkeypatch.setattr(work, "digest", overtaken)
+    assert work.do(str(tmp_path), unit.key) == "done"
+    monkeypatch.undo()
+    assert digests(tmp_path)[unit.key] == digests(undisturbed)[unit.key] and verify(tmp_path) == []
+    assert [path.name for path in (tmp_path / RESULTS).iterdir()] == [unit.key]
+    # What the other has done is not given up, nor refused, by one for which it goes wrong.
+    assert engine.given_up(tmp_path, unit, RuntimeError("late")) == "done"
+    known = receipt(tmp_path, unit.key)
+    assert known is not None and known["status"] == "done"
 
 
 _TOGETHER = threading.Barrier(2, timeout=20)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from MedXAILib.cohort.batch import Jobs
 from MedXAILib.cohort.plan import Unit, read_plan, unit_of
+from MedXAILib.cohort.state import outdated
 from MedXAILib.cohort.work import RECEIPTS, Status, do, write_receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.run import Run
@@ -85,15 +86,18 @@ def compute(
     """
     folder, run = Path(folder).resolve(), run or Run()
     plan = read_plan(folder)
-    if plan.trust and not trust:
+    if (plan.trust or plan.code is not None) and not trust:
         raise MedXAIError(
             f"The plan in '{folder}' lets its model '{plan.model}' run code of its own: say --trust (trust=True) if "
             "you trust who made both."
         )
-    keys = todo(folder)
-    if shard is not None:
-        left = set(keys)
-        keys = [key for key in [unit.key for unit in plan.units()][shard[0] :: shard[1]] if key in left]
+    units = list(plan.units())[slice(None) if shard is None else slice(shard[0], None, shard[1])]
+    again = outdated(folder, units)
+    if again:
+        run.note(f"{len(again)} scans were replaced since, or receipts are damaged: their results are computed again.")
+    left = set(todo(folder))
+    # Two cases of the same scan, asked the same, are one unit.
+    keys = [key for key in dict.fromkeys(unit.key for unit in units) if key in left]
     return carry_out(Explaining(folder), keys, "Explaining the cohort", workers, scheduler, device, run)
 
 
@@ -188,8 +192,7 @@ def _noted(of: dict[str, str], future: Any) -> Any:
 def given_up(folder: Path, unit: Unit, error: BaseException) -> Status:
     """Say in the receipt of `unit` that it went wrong every time."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    write_receipt(folder, unit, {"status": "failed", "reason": reason, "attempt": ATTEMPTS})
-    return "failed"
+    return write_receipt(folder, unit, {"status": "failed", "reason": reason, "attempt": ATTEMPTS})
 
 
 def _has_gpus(client: Any) -> bool:

@@ -8,12 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from MedXAILib.cohort.inputs import settled
 from MedXAILib.durable import write_durably
 from MedXAILib.errors import MedXAIError, unknown
-from MedXAILib.registry import make
+from MedXAILib.loading import is_code
 
 PLAN = "plan.json"
 
@@ -46,7 +50,7 @@ class Unit:
 @dataclass(frozen=True)
 class Plan:
     """`model` is a path or shipped name, `fingerprint` that of the network it was planned with; `methods` their
-    parameters by id."""
+    parameters by id. `code` is the folder that a model in Python is imported from, unless it is installed."""
 
     model: str
     fingerprint: str
@@ -54,6 +58,7 @@ class Plan:
     subjects: tuple[Subject, ...]
     seed: int = 0
     trust: bool = False
+    code: str | None = None
 
     def units(self) -> Iterator[Unit]:
         """All units, those of one method after each other."""
@@ -91,8 +96,7 @@ def make_plan(
     Raises:
         MedXAIError: for an unknown method or parameter, two cases of one name, and when there is nothing to do.
     """
-    for method, parameters in methods.items():
-        make(method, parameters)
+    methods = {method: settled(method, parameters) for method, parameters in methods.items()}
     for uid, count in Counter(subject.uid for subject in subjects).items():
         if count > 1:
             raise MedXAIError(f"{count} cases are called '{uid}': give each a uid of its own.")
@@ -100,7 +104,7 @@ def make_plan(
         raise MedXAIError("There is nothing to compute: give at least one case and one method.")
     # It may be computed from elsewhere.
     model = str(Path(model).resolve()) if Path(model).exists() else model
-    return Plan(model, fingerprint, methods, tuple(subjects), seed, trust)
+    return Plan(model, fingerprint, methods, tuple(subjects), seed, trust, _code(model))
 
 
 def read_plan(folder: str | Path) -> Plan:
@@ -111,11 +115,17 @@ def read_plan(folder: str | Path) -> Plan:
     """
     path = Path(folder) / PLAN
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return _plan(said)
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text)["format"] != 1:
+            raise ValueError("made by a newer MedXAI")
+        return TypeAdapter(Plan).validate_json(text)
     except OSError as error:
         raise MedXAIError(f"'{folder}' holds no plan of a cohort: 'medxai cohort plan' makes one.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise MedXAIError(f"'{path}' is damaged ({wrong}): make the plan again.") from error
+    except (ValueError, LookupError, TypeError) as error:
         raise MedXAIError(f"'{path}' is damaged ({error}): make the plan again.") from error
 
 
@@ -138,11 +148,11 @@ def unit_of(folder: str, key: str) -> tuple[Plan, Unit]:
     return units[key]
 
 
-def _plan(said: dict[str, Any]) -> Plan:
-    if said.pop("format") != 1:
-        raise ValueError("made by a newer MedXAI")
-    subjects = []
-    for one in said.pop("subjects"):
-        region = one["region"]
-        subjects.append(Subject(**{**one, "volume": tuple(one["volume"]), "region": region and tuple(region)}))
-    return Plan(**said, subjects=tuple(subjects))
+def _code(model: str) -> str | None:
+    """The current folder, if it is from there that `model`, "package.module:function", is imported."""
+    here = Path.cwd()
+    if not is_code(model):
+        return None
+    top = find_spec(model.partition(":")[0].partition(".")[0])
+    places = [] if top is None else [top.origin, *(top.submodule_search_locations or ())]
+    return str(here) if any(place and Path(place).parent == here for place in places) else None

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MedXAILib.cohort.plan import read_plan
-from MedXAILib.cohort.work import RECEIPTS, RESULTS, digest, receipt
+from MedXAILib.cohort.plan import Unit, read_plan
+from MedXAILib.cohort.work import RECEIPTS, RESULTS, digest, receipt, replaced, stamp
+from MedXAILib.durable import write_durably
 from MedXAILib.run import Run
 
 
 @dataclass(frozen=True)
 class State:
     """How many units there are of each status ("waiting" have none yet), the receipts of those that were refused or
-    failed, and the seconds that those done took."""
+    failed, the seconds that those done took, and of how many the scan was replaced since."""
 
     counts: Counter[str]
     troubles: tuple[dict[str, Any], ...]
     seconds: float
+    replaced: int = 0
 
 
 def state(folder: str | Path) -> State:
     """How far the plan in `folder` is, by its receipts."""
     folder = Path(folder)
-    known = [receipt(folder, unit.key) for unit in read_plan(folder).units()]
-    counts = Counter("waiting" if one is None else one["status"] for one in known)
-    troubles = tuple(one for one in known if one is not None and one["status"] != "done")
-    return State(counts, troubles, sum(one.get("seconds", 0.0) for one in known if one is not None))
+    units = list(read_plan(folder).units())
+    found = [receipt(folder, unit.key) for unit in units]
+    known = [(unit, one) for unit, one in zip(units, found, strict=True) if one is not None]
+    counts = Counter("waiting" if one is None else one["status"] for one in found)
+    troubles = tuple(one for _, one in known if one["status"] != "done")
+    seconds = sum(one.get("seconds", 0.0) for _, one in known)
+    return State(counts, troubles, seconds, sum(replaced(unit, one) for unit, one in known))
 
 
 def verify(folder: str | Path, run: Run | None = None) -> list[str]:
-    """The keys of the units whose results are gone, or not what they were when their receipt was written. Their
-    receipts are taken back, so that they are computed again."""
-    folder, run, wrong = Path(folder), run or Run(), []
+    """The keys of the units whose results are gone, not what they were when their receipt was written, or of a scan
+    that was replaced since. Their receipts are taken back, so that they are computed again."""
+    folder, run = Path(folder), run or Run()
     units = list(read_plan(folder).units())
+    wrong = outdated(folder, units)
     for done, unit in enumerate(units):
         run.step(done, len(units), "Verifying the results")
         known = receipt(folder, unit.key)
@@ -48,6 +56,21 @@ def verify(folder: str | Path, run: Run | None = None) -> list[str]:
         if not same:
             wrong.append(unit.key)
             _forget(folder, unit.key)
+    return wrong
+
+
+def outdated(folder: Path, units: Sequence[Unit]) -> list[str]:
+    """The keys of those of `units` whose scan was replaced since, or whose receipt cannot be read. Their receipts are
+    taken back."""
+    wrong = []
+    for unit in units:
+        known, path = receipt(folder, unit.key), folder / RECEIPTS / f"{unit.key}.json"
+        if (known is None and path.exists()) or (known is not None and replaced(unit, known)):
+            wrong.append(unit.key)
+            _forget(folder, unit.key)
+        elif known is not None and (now := stamp(unit.subject.volume)) not in (None, known.get("scan", now)):
+            # The same scan, written again: it need not be read the next time.
+            write_durably(path, json.dumps(known | {"scan": now}, indent=1, ensure_ascii=False))
     return wrong
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,11 +66,10 @@ def _of_bids(folder: Path, suffix: str) -> Iterator[Subject]:
 def _participants(path: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
     # What BIDS calls not available is not known.
     return {
-        row["participant_id"]: {k: v for k, v in row.items() if k != "participant_id" and v != "n/a"} for row in rows
+        row["participant_id"]: {k: v for k, v in row.cells.items() if k != "participant_id" and v != "n/a"}
+        for row in read_rows(path, "participant_id")
     }
 
 

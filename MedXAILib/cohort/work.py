@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import shutil
+import sys
+import uuid
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -21,7 +25,7 @@ from MedXAILib.loading import load_model
 from MedXAILib.model import Model
 from MedXAILib.request import tell
 from MedXAILib.run import Run
-from MedXAILib.volume import load_volume
+from MedXAILib.volume import Volume, load_volume
 
 RESULTS, RECEIPTS = "units", "receipts"
 
@@ -42,10 +46,11 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
         status: Status = known["status"]
         return status
     plan, unit = unit_of(folder, key)
-    model = _model(plan.model, plan.trust)
+    model = _model(plan.model, plan.trust, plan.code)
     if model.fingerprint != plan.fingerprint:
         raise MedXAIError(f"'{plan.model}' is not the network of the plan any more: plan anew, in another folder.")
-    told: dict[str, Any] = {}
+    # Before it is read: what is replaced while it is read looks replaced.
+    told: dict[str, Any] = {"scan": stamp(unit.subject.volume)}
     try:
         try:
             found = _explained(plan, unit, model, device)
@@ -55,14 +60,12 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
             told["note"] = f"Out of memory on {device}: computed on the CPU."
             found = _explained(plan, unit, model, "cpu")
     except MedXAIError as error:
-        write_receipt(Path(folder), unit, {"status": "refused", "reason": str(error), "attempt": attempt})
-        return "refused"
+        refused = {"status": "refused", "reason": str(error), "attempt": attempt}
+        return write_receipt(Path(folder), unit, told | refused)
     # Another program may have done the same in the meantime: its result has a receipt, and stays.
     if receipt(Path(folder), key) is not None:
         return "done"
-    # What is left of one without a receipt may be damaged, and would not be replaced then.
-    shutil.rmtree(Path(folder) / RESULTS / key, ignore_errors=True)
-    place = found.save(Path(folder) / RESULTS / key)
+    place = found.save(Path(folder) / RESULTS / f".{key}-{uuid.uuid4().hex[:8]}")
     made = found.provenance
     told |= {
         "status": "done",
@@ -75,13 +78,28 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
         "versions": {"medxai": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "attempt": attempt,
     }
-    write_receipt(Path(folder), unit, told)
-    return "done"
+    _put(place, Path(folder) / RESULTS / key)
+    return write_receipt(Path(folder), unit, told)
+
+
+def _put(fresh: Path, place: Path) -> None:
+    """Move a folder to `place`, whatever is there and whoever does the same."""
+    while True:
+        try:
+            fresh.rename(place)
+            return
+        except OSError:
+            if not place.exists():
+                raise
+        # Left over and perhaps damaged, or the same by a program that is about to write its receipt.
+        aside = place.with_name(f"{fresh.name}-aside")
+        with contextlib.suppress(FileNotFoundError):
+            place.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _explained(plan: Plan, unit: Unit, model: Model, device: str | None) -> Explanation:
-    files = unit.subject.volume
-    volume = load_volume(files[0] if len(files) == 1 else list(files))
+    volume = _scan(unit.subject.volume)
     asked = unit.subject.target
     target = int(asked) if asked is not None and asked.isdecimal() else asked
     run = Run(device=device, seed=plan.seed)
@@ -89,8 +107,38 @@ def _explained(plan: Plan, unit: Unit, model: Model, device: str | None) -> Expl
 
 
 @lru_cache(maxsize=1)
-def _model(path: str, trust: bool) -> Model:
+def _model(path: str, trust: bool, code: str | None) -> Model:
+    if code is not None and code not in sys.path:
+        sys.path.append(code)
     return load_model(path, trust=trust)
+
+
+def _scan(files: Sequence[str]) -> Volume:
+    return load_volume(files[0] if len(files) == 1 else list(files))
+
+
+def stamp(files: Sequence[str]) -> str | None:
+    """A hash of the names, sizes and times of a scan's files: what is cheap to know of it. None when one is missing."""
+    said = []
+    try:
+        for path in map(Path, files):
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                said.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    except OSError:
+        return None
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:20]
+
+
+def replaced(unit: Unit, known: dict[str, Any]) -> bool:
+    """Whether the scan is another now than when the receipt `known` was written. It is read only if its stamp is
+    another, too. A scan that is gone was not replaced."""
+    now = stamp(unit.subject.volume)
+    if now in (None, known.get("scan", now)):
+        return False
+    try:
+        return _scan(unit.subject.volume).fingerprint != known.get("volume")
+    except MedXAIError:
+        return True
 
 
 def digest(place: Path) -> str:
@@ -104,15 +152,20 @@ def digest(place: Path) -> str:
 
 
 def receipt(folder: Path, key: str) -> dict[str, Any] | None:
-    """What is known of a unit that was done, refused or given up; None of one that is still to do."""
+    """What is known of a unit that was done, refused or given up; None of one that is still to do, or whose receipt
+    cannot be read."""
     try:
         known: dict[str, Any] = json.loads((folder / RECEIPTS / f"{key}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return known if known["unit"] == key and known["status"] in get_args(Status) else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-    return known
 
 
-def write_receipt(folder: Path, unit: Unit, told: dict[str, Any]) -> None:
-    """Say what became of a unit; from then on it is not computed again."""
-    what = {"unit": unit.key, "case": unit.subject.uid, "method": unit.method, **told}
-    write_durably(folder / RECEIPTS / f"{unit.key}.json", json.dumps(what, indent=1, ensure_ascii=False))
+def write_receipt(folder: Path, unit: Unit, told: dict[str, Any]) -> Status:
+    """Say what became of a unit, unless another program has said it; from then on it is not computed again."""
+    what = receipt(folder, unit.key)
+    if what is None:
+        what = {"unit": unit.key, "case": unit.subject.uid, "method": unit.method, **told}
+        write_durably(folder / RECEIPTS / f"{unit.key}.json", json.dumps(what, indent=1, ensure_ascii=False))
+    status: Status = what["status"]
+    return status
