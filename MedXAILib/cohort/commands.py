@@ -76,10 +76,14 @@ def run(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let the plan's model run code of its own.")] = False,
 ) -> None:
-    """Compute what is still to do. It may be interrupted at any time, and goes on where it was."""
+    """Compute what is still to do. It may be interrupted at any time, and goes on where it was.
+
+    Ends with 3 if anything failed, and with 4 if nothing could be explained: everything was refused.
+    """
     from MedXAILib.cli import _live
     from MedXAILib.cohort.batch import Jobs
     from MedXAILib.cohort.engine import compute
+    from MedXAILib.cohort.state import state
 
     part = None
     if shard is not None:
@@ -94,8 +98,14 @@ def run(
     with _live() as live:
         said = compute(folder, workers, where, device, part, live, trust)
     typer.echo(", ".join(f"{count} {status}" for status, count in said.items()) or "Everything was done already.")
+    for note in live.notes:
+        typer.echo(f"Note: {note}")
     if said["failed"]:
         raise typer.Exit(3)
+    counts = state(folder).counts
+    if counts["refused"] and not counts["done"]:
+        typer.echo(f"Nothing could be explained: 'medxai cohort status {folder}' says why.", err=True)
+        raise typer.Exit(4)
 
 
 @app.command()
@@ -106,6 +116,8 @@ def status(folder: _Folder) -> None:
 
     now = state(folder)
     typer.echo(", ".join(f"{count} {status}" for status, count in now.counts.items()))
+    if now.replaced:
+        typer.echo(f"{now.replaced} are of scans that were replaced since: the next run computes them again.")
     for one in now.troubles:
         typer.echo(visible(f"{one['case']}, {one['method']}: {one['status']}: {one['reason']}"))
 
@@ -116,7 +128,8 @@ def verify(folder: _Folder) -> None:
     from MedXAILib.cohort.state import verify as verified
 
     wrong = verified(folder)
-    typer.echo(f"{len(wrong)} results are gone or were changed{': ' * bool(wrong)}{', '.join(wrong)}.")
+    which = f": {', '.join(wrong)}" if wrong else ""
+    typer.echo(f"{len(wrong)} results are gone, were changed, or are of scans that were replaced{which}.")
 
 
 @app.command()
