@@ -156,7 +156,7 @@ def slurm(
 @app.command()
 def reduce(
     folder: _Folder,
-    template: Annotated[Path, typer.Option("--template", help="The scan on whose grid maps are laid.")],
+    template: Annotated[Path | None, typer.Option("--template", help="The scan on whose grid maps are laid.")] = None,
     atlas: Annotated[Path | None, typer.Option("--atlas", help="Integer labels in the template's space.")] = None,
     names: Annotated[
         Path | None, typer.Option("--names", help='What labels are called, JSON: {"1": "left ..."}.')
@@ -164,16 +164,24 @@ def reduce(
     by: Annotated[str | None, typer.Option("--by", help="A column of the plan to split by, such as site.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("medxai-cohort"),
 ) -> None:
-    """Write the mean and the variance of the maps, and their shares in the regions of an atlas, by groups."""
+    """Write the mean and the variance of the maps, their shares in the regions of an atlas, and what is told otherwise
+    than with maps (concepts, prototypes, rules, words, cases), by groups."""
     from MedXAILib.cli import _live
     from MedXAILib.cohort import reduce as reduction
+    from MedXAILib.cohort import told
     from MedXAILib.cohort.plan import read_plan
+    from MedXAILib.errors import MedXAIError
     from MedXAILib.volume import load_volume
 
     called = {} if names is None else {int(k): v for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
     labels = None if atlas is None else load_volume(atlas)
     subjects = read_plan(folder).subjects
     with _live() as live:
-        for overall in reduction.reduce(folder, load_volume(template), labels, called, live):
+        for method, tables in told.reduce(folder, by, live):
+            told.write(method, tables, out)
+        if template is None and told.maps(folder):
+            raise MedXAIError(f"Maps are laid on a template: give --template. What else is told is in '{out}'.")
+        overalls = [] if template is None else reduction.reduce(folder, load_volume(template), labels, called, live)
+        for overall in overalls:
             reduction.write(overall, reduction.by_group(overall, subjects, by), out)
     typer.echo(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
