@@ -41,8 +41,8 @@ def reduce(folder: str | Path, by: str | None = None, run: Run | None = None) ->
         by: a column of the plan, by whose values cases are told apart, too.
     """
     folder, run = Path(folder), run or Run()
-    plan = read_plan(folder)
-    for method in (m for m in plan.methods if EXPLAINERS[m].kind != "SaliencyMap"):
+    plan, mapped = read_plan(folder), maps(folder)
+    for method in (one for one in plan.methods if one not in mapped):
         tables, known = Tables(by), list[Known]()
         units = [unit for unit in plan.units() if unit.method == method]
         for done, unit in enumerate(units):
@@ -55,6 +55,11 @@ def reduce(folder: str | Path, by: str | None = None, run: Run | None = None) ->
         for subject, said in surrogate(known, plan.seed):
             tables.add(subject, said)
         yield method, tables
+
+
+def maps(folder: str | Path) -> list[str]:
+    """The methods of the plan in `folder` that answer with maps."""
+    return [method for method in read_plan(folder).methods if EXPLAINERS[method].kind == "SaliencyMap"]
 
 
 def write(method: str, tables: Tables, folder: Path) -> None:

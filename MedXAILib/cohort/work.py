@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from MedXAILib import __version__
+from MedXAILib.cohort.inputs import fingerprints
 from MedXAILib.cohort.plan import Plan, Unit, unit_of
 from MedXAILib.durable import write_durably
 from MedXAILib.errors import MedXAIError, OutOfMemory
@@ -72,6 +73,7 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
         "digest": digest(place),
         "volume": made.volume["fingerprint"],
         "target": made.target_label,
+        "files": fingerprints(unit.method, made.parameters),
         "device": made.device,
         "seconds": round(made.seconds, 3),
         "peak_memory": made.peak_memory,
