@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +198,43 @@ def test_a_scan_may_be_a_dicom_folder(panel, make):
     assert "holds 2 DICOM series" in events(design)[-1]["why"]
 
 
+def test_where_the_reader_pointed_is_in_the_scan_s_own_file(panel, make):
+    design = make(["none"], localise=True)
+    begin(panel, design)
+    ijk, scan = (8, 3, 5), panel.sitting.scan
+    panel._buttons["malignant"].click()
+    panel.ui.confidenceSlider.value = 50
+    panel.ui.whereButton.click()
+    panel.sitting.point.AddControlPoint(*(geometry.ijkToRas(scan) @ (*ijk, 1))[:3])
+    case = panel.sitting.trial.case
+    panel.ui.nextButton.click()
+    (told,) = (event["point"] for event in events(design) if event["event"] == "answer")
+    # SimpleITK places in LPS mm.
+    assert sitk.ReadImage(str(case.volume)).TransformPhysicalPointToIndex((-told[0], -told[1], told[2])) == ijk
+
+
+def test_seconds_begin_when_the_scan_is_there(panel, make, monkeypatch):
+    design = make(["map"])
+    now = [0.0]
+
+    def slowly(action):
+        def load(path):
+            now[0] += 60
+            return action(path)
+
+        return load
+
+    monkeypatch.setattr(studies, "_read", slowly(studies._read))
+    monkeypatch.setattr(answers, "read", slowly(answers.read))
+    monkeypatch.setattr(studies, "Sitting", partial(studies.Sitting, clock=lambda: now[0]))
+    begin(panel, design)
+    for seconds in (4, 7):
+        now[0] += seconds
+        answer(panel)
+    assert now[0] == 4 * 60 + 4 + 7, "loading takes a minute each"
+    assert [event["seconds"] for event in events(design) if event["event"] == "answer"] == [4, 7]
+
+
 def test_nothing_is_kept_before_everything_is_answered(panel, make):
     design = make(["none"], localise=True)
     begin(panel, design)
@@ -320,6 +362,70 @@ def test_after_a_crash_it_goes_on_at_the_open_scan(host, panel, make):
     assert "Thank you" in again.ui.messageLabel.text
     assert [e["answer"] for e in events(design) if e["event"] == "answer"] == ["malignant", "benign"]
     again.cleanup()
+
+
+_READER = """
+import sys
+from pathlib import Path
+
+import slicer_host
+
+with slicer_host.running(Path(sys.argv[2])):
+    import slicer
+    from MedXAISlicerLib.panels.study import StudyPanel
+
+    slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode", "Red")
+    panel = StudyPanel(logic=None)
+    panel.ui.designPathLineEdit.currentPath = sys.argv[1]
+    panel.ui.readerSelector.currentText = "r1"
+    panel.ui.beginButton.click()
+    while panel.sitting is not None:
+        trial = panel.sitting.trial.index
+        for done, click in {
+            "open": lambda: None,
+            "look": panel.ui.overlayCheckBox.click,
+            "chosen": panel._buttons["malignant"].click,
+            "paused": panel.ui.pauseButton.click,
+            "gone on": panel.ui.pauseButton.click,
+            "sure": lambda: setattr(panel.ui.confidenceSlider, "value", 10 * trial + 5),
+            "kept": panel.ui.nextButton.click,
+        }.items():
+            click()
+            print(trial, done, panel.ui.progressLabel.text, sep="|", flush=True)
+"""
+
+
+def test_killed_at_any_moment_it_loses_the_open_trial_at_most(make):
+    design = make(["map", "ai+map"], practice=4, washout_days=0)
+    expected = trials(read_study(design), "r1")
+    assert len(expected) == 8
+    draw, kept, journal = random.Random(5), [], design.parent / studies.JOURNALS / "r1.jsonl"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for moment in ("look", "kept", "paused", "sure", None):
+        before = journal.read_bytes() if journal.exists() else b""
+        args = [sys.executable, "-c", _READER, str(design), str(design.parent / "host")]
+        with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+            after = len(kept) + draw.randint(0, 1)
+            lines = []
+            for line in process.stdout:
+                lines.append(line.split("|"))
+                if moment is not None and lines[-1][:2] == [str(after), moment]:
+                    # Somewhere in what comes next.
+                    time.sleep(draw.uniform(0, 0.02))
+                    process.kill()
+        first, done, progress = lines[0]
+        assert (int(first), done) == (len(kept), "open"), "it goes on at the trial that was open"
+        assert progress.startswith(f"Scan {len(kept) + 1} of 8")
+        told = [trial for trial, done, _ in lines if done == "kept"]
+        answers_ = [event for event in events(design) if event["event"] == "answer"]
+        # Nothing written before was touched, each answer that was seen to be kept is there, and at most one more.
+        assert journal.read_bytes().startswith(before)
+        assert [event["trial"] for event in answers_] == list(range(len(answers_)))
+        assert [event["confidence"] for event in answers_] == [10 * i + 5 for i in range(len(answers_))]
+        assert 0 <= len(answers_) - (len(kept) + len(told)) <= 1
+        kept = answers_
+        assert process.returncode == 0 if moment is None else process.returncode != 0
+    assert len(kept) == 8
 
 
 def test_a_session_that_may_not_begin_says_when(panel, make):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 import MedXAILib as mx
 from MedXAILib.cli import app
-from MedXAILib.study.allocation import table, trials, williams
+from MedXAILib.study.allocation import imbalances, table, trials, williams
 from MedXAILib.study.design import Study, read_study
 from MedXAILib.study.journal import Journal
-from MedXAILib.study.results import alpha, readings, summary, write
+from MedXAILib.study.results import Reading, alpha, readings, summary, write
 
 ARMS = ("none", "ai", "ai+map", "ai+placebo")
 
@@ -32,7 +34,8 @@ def study(folder: Path, cases: int = 24, practice: int = 2, **changed: Any) -> S
     """A third of the cases have something, and the network is wrong about a quarter of each kind."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scan.nrrd").touch()
-    (folder / "made").mkdir(exist_ok=True)
+    for name in ("made", "of-another"):
+        (folder / name).mkdir(exist_ok=True)
     design = {
         "name": "nodules",
         "question": "Is it malignant?",
@@ -50,7 +53,7 @@ def study(folder: Path, cases: int = 24, practice: int = 2, **changed: Any) -> S
             truth = i % 3 == 0
             said = truth != (i % 12 in (0, 5, 7))
             names = [("benign", "malignant")[yes] for yes in (truth, said)]
-            writer.writerow([f"case-{i:02d}", "scan.nrrd", *names, "yes" if i >= cases else "", "made", "made"])
+            writer.writerow([f"case-{i:02d}", "scan.nrrd", *names, "yes" if i >= cases else "", "made", "of-another"])
     return read_study(folder / "design.json")
 
 
@@ -122,6 +125,65 @@ GOLDEN = [("ai", "case-12"), ("ai", "case-07"), ("ai", "case-14"), ("ai", "case-
 def test_a_design_that_cannot_be_is_refused(tmp_path: Path, changed: dict[str, Any], says: str) -> None:
     with pytest.raises(mx.MedXAIError, match=says):
         study(tmp_path, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, []),
+        ({"arms": ARMS[:3]}, ["4 readers are no multiple of 6: orders of the arms"]),
+        ({"readers": ["r1", "r2", "r3", "r4", "r5", "r6"]}, ["6 readers are no multiple of 4: orders of the arms"]),
+        ({"arms": ["ai"], "readers": ["r1", "r2", "r3"]}, []),
+        ({"kind": "split", "cases": 48}, []),
+        (
+            {"kind": "split", "cases": 48, "readers": ["r1", "r2"]},
+            ["2 readers are no multiple of 4: cases are not seen"],
+        ),
+        # Of 12 cases the network is wrong about 2 of those that have nothing, and 1 of those that have something.
+        (
+            {"kind": "split", "cases": 12},
+            ["2 'benign' .* is wrong", "1 'malignant' .* is wrong", "3 'malignant' .* right"],
+        ),
+    ],
+)
+def test_what_is_not_balanced_is_told(tmp_path: Path, changed: dict[str, Any], says: list[str]) -> None:
+    made = study(tmp_path, **changed)
+    found = imbalances(made)
+    assert len(found) == len(says) and all(re.search(*pair) for pair in zip(says, found, strict=True)), found
+    # Counted: is every arm read in every place (in a crossover), and every case seen in every arm, equally often?
+    seen = [(t.session, t.arm, t.case.uid) for r in made.design.readers for t in trials(made, r) if t.session]
+    arms = made.design.arms
+    if made.design.kind == "crossover":
+        counts = Counter((session, arm) for session, arm, _ in seen)
+        pairs = {(session, arm) for session in range(1, len(arms) + 1) for arm in arms}
+    else:
+        counts = Counter((case, arm) for _, arm, case in seen)
+        pairs = {(case.uid, arm) for case in made.cases for arm in arms}
+    even = set(counts) == pairs and len(set(counts.values())) == 1
+    assert even == ("no multiple" not in str(found))
+    told = CliRunner().invoke(app, ["study", "order", str(made.path), "--out", str(tmp_path / "order.csv")])
+    assert told.exit_code == 0 and [line for line in told.stderr.splitlines() if "Not balanced: " in line] == [
+        f"Not balanced: {sentence}" for sentence in found
+    ]
+
+
+def test_a_placebo_is_of_another_scan(tmp_path: Path) -> None:
+    study(tmp_path)
+    for folder, scan in (("made", "a"), ("of-another", "b")):
+        made = json.dumps({"provenance": {"volume": {"fingerprint": scan}}})
+        (tmp_path / folder / "explanation.json").write_text(made, encoding="utf-8")
+    read_study(tmp_path / "design.json")
+    # A copy of the map, and the map itself.
+    (tmp_path / "of-another" / "explanation.json").write_text(
+        (tmp_path / "made" / "explanation.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    with pytest.raises(mx.MedXAIError, match=r"Row 2 .* 'placebo': it is of the same scan as the map"):
+        read_study(tmp_path / "design.json")
+    table_ = tmp_path / "cases.csv"
+    table_.write_text(table_.read_text(encoding="utf-8").replace("of-another", "made"), encoding="utf-8")
+    (tmp_path / "made" / "explanation.json").unlink()
+    with pytest.raises(mx.MedXAIError, match="it is of the same scan as the map"):
+        read_study(tmp_path / "design.json")
 
 
 def answer_all(journal: Journal, limit: int = 10_000) -> None:
@@ -243,6 +305,13 @@ def test_krippendorff_s_own_example() -> None:
     assert alpha([["a", "a"], ["b", "b"]]) == 1 and np.isnan(alpha([["a", "a"]]))
 
 
+def area(rows: list[Reading], reader: str) -> float:
+    """Of a reader's answers, by another library."""
+    own = [r for r in rows if r.reader == reader]
+    signed = [r.confidence if r.answer == "malignant" else -r.confidence for r in own]
+    return float(roc_auc_score([r.truth == "malignant" for r in own], signed))
+
+
 def test_what_is_said_of_an_arm_is_so(tmp_path: Path) -> None:
     made = study(tmp_path, kind="split", cases=48)
     draw = random.Random(3)
@@ -265,8 +334,9 @@ def test_what_is_said_of_an_arm_is_so(tmp_path: Path) -> None:
         accuracy = said[arm]["accuracy"]
         assert accuracy.value == pytest.approx(np.mean([r.answer == r.truth for r in rows]))
         assert accuracy.low <= accuracy.value <= accuracy.high
-        signed = [r.confidence if r.answer == "malignant" else -r.confidence for r in rows]
-        assert said[arm]["AUC"].value == pytest.approx(roc_auc_score([r.truth == "malignant" for r in rows], signed))
+        # Everybody reads 12 of 48 in every arm.
+        assert said[arm]["AUC"].value == pytest.approx(np.mean([area(rows, r) for r in made.design.readers]))
+        assert said[arm]["AUC"].low <= said[arm]["AUC"].value <= said[arm]["AUC"].high
         difference = said[arm]["accuracy beyond none"].value
         assert difference == pytest.approx(accuracy.value - said["none"]["accuracy"].value)
     assert (said["ai"]["over-reliance"].value, said["ai"]["under-reliance"].value) == (1, 0)
@@ -282,9 +352,25 @@ def test_what_is_said_of_an_arm_is_so(tmp_path: Path) -> None:
         ["-1", c.uid, "0", str(int(c.truth == "malignant"))] for c in made.cases
     ]
     assert len(lines) == 48 + 4 * 48
+    # As the programs for it count: of each reader and arm, how often a diseased case is rated above another one.
+    truth = {case: int(score) for reader, case, _, score in lines if reader == "-1"}
+    for reader in made.design.readers:
+        for arm in ARMS:
+            scores: tuple[list[float], list[float]] = ([], [])
+            for _, case, _, score in (line for line in lines if (line[0], line[2]) == (reader, arm)):
+                scores[truth[case]].append(float(score))
+            u = mannwhitneyu(scores[1], scores[0]).statistic
+            assert u / (len(scores[0]) * len(scores[1])) == pytest.approx(
+                area([r for r in found if r.arm == arm], reader)
+            )
     told = CliRunner().invoke(app, ["study", "results", str(made.path), str(tmp_path), "--out", str(tmp_path / "cli")])
-    assert told.exit_code == 0 and "ai+placebo" in told.output
+    assert told.exit_code == 0 and "ai+placebo" in told.output and "Not balanced" not in told.output
     assert (tmp_path / "cli" / "imrmc.csv").read_bytes() == (tmp_path / "out" / "imrmc.csv").read_bytes()
+    # A reader who gave up.
+    path = tmp_path / "r3.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-60]))
+    told = CliRunner().invoke(app, ["study", "results", str(made.path), str(tmp_path), "--out", str(tmp_path / "cli")])
+    assert "Not balanced: 'r3' has answered 28 of 48 trials." in told.stderr
     args = ["study", "order", str(made.path), "--out", str(tmp_path / "order.csv")]
     told = CliRunner().invoke(app, args)
     assert told.exit_code == 0 and "4 readers, 48 cases, 200 trials" in told.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -53,10 +54,28 @@ def trials(study: Study, reader: str) -> list[Trial]:
 
 def williams(count: int) -> list[list[int]]:
     """Rows of 0 to `count` - 1 in which each follows each other equally often (Williams 1949): `count` rows, or twice
-    as many where it is odd."""
+    as many where it is odd and greater than 1."""
     first = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
     rows = [[(value + row) % count for value in first] for row in range(count)]
-    return rows if count % 2 == 0 else rows + [row[::-1] for row in rows]
+    return rows if count % 2 == 0 or count == 1 else rows + [row[::-1] for row in rows]
+
+
+def imbalances(study: Study) -> list[str]:
+    """What keeps the study from being balanced, in sentences; none where it is."""
+    design = study.design
+    arms, readers = len(design.arms), len(design.readers)
+    crossover = design.kind == "crossover"
+    rows = len(williams(arms)) if crossover else arms
+    found = []
+    if readers % rows:
+        uneven = "orders of the arms are not read" if crossover else "cases are not seen in every arm"
+        found.append(f"{readers} readers are no multiple of {rows}: {uneven} equally often.")
+    if not crossover:
+        for (truth, right), count in sorted(Counter(case.stratum for case in study.cases).items()):
+            if count < arms:
+                about = f"{count} '{truth}' about which the network is {'right' if right else 'wrong'}"
+                found.append(f"There are {arms} arms and {about}: no reader sees one of these in every arm.")
+    return found
 
 
 def _dealt(study: Study, reader: str, number: int) -> list[tuple[str, Case]]:

@@ -18,7 +18,7 @@ def order(
     out: Annotated[Path, typer.Option("--out", "-o", help="The table to write.")] = Path("order.csv"),
 ) -> None:
     """Write who sees what, and when: for those who run the study, and for nobody who reads."""
-    from MedXAILib.study.allocation import table
+    from MedXAILib.study.allocation import imbalances, table
     from MedXAILib.study.design import read_study
     from MedXAILib.table import write_rows
 
@@ -29,6 +29,7 @@ def order(
         f"{len(study.design.readers)} readers, {len(study.cases)} cases, {len(rows)} trials (design "
         f"{study.fingerprint}): {out}"
     )
+    _warn(imbalances(study))
 
 
 @app.command()
@@ -43,8 +44,9 @@ def results(
     from rich.table import Table
 
     from MedXAILib.plain_text import plain
+    from MedXAILib.study.allocation import imbalances
     from MedXAILib.study.design import read_study
-    from MedXAILib.study.results import readings, summary, write
+    from MedXAILib.study.results import readings, summary, unfinished, write
 
     study = read_study(design)
     found = readings(study, journals)
@@ -58,4 +60,10 @@ def results(
     console = Console(highlight=False)
     console.print(shown)
     console.print("Intervals are over other readers and other cases.", style="dim")
-    console.print(f"Every answer is in [bold]{plain(str(out / 'readings.csv'))}[/]; imrmc.csv is for MRMC analysis.")
+    console.print(f"Every answer is in [bold]{plain(str(out / 'readings.csv'))}[/]; imrmc.csv is for doIMRMC of R.")
+    _warn([*imbalances(study), *unfinished(study, found)])
+
+
+def _warn(said: list[str]) -> None:
+    for sentence in said:
+        typer.echo(f"Not balanced: {sentence}", err=True)

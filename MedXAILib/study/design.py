@@ -147,6 +147,9 @@ def _case(row: Row, design: Design) -> Case:
         if folder is None:
             raise row.wrong(_OF_PART[part], "it is empty, and an arm shows it: give the folder of the explanation.")
         shown[part] = folder
+    own, placebo = row.file("map"), shown.get("placebo")
+    if own and placebo and _explained(own) == _explained(placebo):
+        raise row.wrong("placebo", "it is of the same scan as the map: give the map of another scan.")
     return Case(
         uid=row["uid"],
         volume=row.volume,
@@ -156,6 +159,15 @@ def _case(row: Row, design: Design) -> Case:
         training=row["training"].lower() in ("yes", "true", "1"),
         explanations=shown,
     )
+
+
+def _explained(folder: Path) -> str:
+    """Which scan an explanation is of; where that is not said, the folder itself."""
+    try:
+        made = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))["provenance"]
+        return str(made["volume"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(folder.resolve())
 
 
 def _check_cases(study: Study) -> None:

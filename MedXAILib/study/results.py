@@ -99,15 +99,26 @@ def readings(study: Study, folder: str | Path) -> list[Reading]:
     return found
 
 
+def unfinished(study: Study, found: Sequence[Reading]) -> list[str]:
+    """Which readers have not read everything, in sentences."""
+    said = []
+    for reader in study.design.readers:
+        count = sum(trial.session > 0 for trial in trials(study, reader))
+        done = sum(one.reader == reader for one in found)
+        if done < count:
+            said.append(f"'{reader}' has answered {done} of {count} trials.")
+    return said
+
+
 def summary(study: Study, found: Sequence[Reading], draws: int = _DRAWS) -> dict[str, dict[str, Estimate]]:
-    """Of each arm: accuracy, the area under the ROC curve of the ratings (is it `answers[-1]`?), over-reliance (how
-    often readers follow a network that is wrong) and under-reliance (how often they leave one that is right), seconds,
-    the agreement between readers (Krippendorff's alpha), and by how much the accuracy differs from that of the first
-    arm. Intervals are of bootstraps over readers and cases at once."""
+    """Of each arm: accuracy, the area under the ROC curve of the ratings (is it `answers[-1]`?; the mean over readers),
+    over-reliance (how often readers follow a network that is wrong) and under-reliance (how often they leave one that
+    is right), seconds, the agreement between readers (Krippendorff's alpha), and by how much the accuracy differs from
+    that of the first arm. Intervals are of bootstraps over readers and cases at once."""
     sought = study.design.answers[-1]
     measures: dict[str, Callable[[Sequence[Reading], np.ndarray], float]] = {
         "accuracy": lambda rows, w: _share([r.answer == r.truth for r in rows], w),
-        "AUC": lambda rows, w: _auc([r.truth == sought for r in rows], [r.rating for r in rows], w),
+        "AUC": lambda rows, w: _auc(rows, w, sought),
         "over-reliance": lambda rows, w: _followed(rows, w, right=False),
         "under-reliance": lambda rows, w: 1 - _followed(rows, w, right=True),
         "seconds": lambda rows, w: _share([r.seconds for r in rows], w),
@@ -133,8 +144,8 @@ def summary(study: Study, found: Sequence[Reading], draws: int = _DRAWS) -> dict
 
 
 def write(study: Study, found: Sequence[Reading], folder: Path) -> None:
-    """Write `readings.csv` (a row for each answer), `columns.csv` (what its columns mean), and `imrmc.csv`, which the
-    programs for multi-reader multi-case analysis of the FDA read."""
+    """Write `readings.csv` (a row for each answer), `columns.csv` (what its columns mean), and `imrmc.csv`: the data
+    frame of the R package iMRMC (FDA) for multi-reader multi-case analysis, in which reader -1 says what is true."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(Reading.__dataclass_fields__)
     write_rows(folder / "readings.csv", names, ([getattr(row, name) for name in names] for row in found))
@@ -188,13 +199,20 @@ def _followed(rows: Sequence[Reading], weights: np.ndarray, right: bool) -> floa
     return _share([r.answer == r.ai for r, yes in zip(rows, chosen, strict=True) if yes], weights[chosen])
 
 
-def _auc(positive: Sequence[bool], ratings: Sequence[float], weights: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
-
-    yes, counted = np.asarray(positive), weights > 0
-    if len(set(yes[counted].tolist())) < 2:
-        return float("nan")
-    return float(roc_auc_score(yes, ratings, sample_weight=weights))
+def _auc(rows: Sequence[Reading], weights: np.ndarray, sought: str) -> float:
+    """A reader's ratings are compared with that reader's own only; the mean over readers, by how much they read."""
+    of_reader, ratings = np.array([r.reader for r in rows]), np.array([r.rating for r in rows])
+    positive = np.array([r.truth == sought for r in rows], bool)
+    areas, read_by = [], []
+    for reader in sorted(set(of_reader)):
+        own = of_reader == reader
+        yes, no = own & positive, own & ~positive
+        pairs = np.outer(weights[yes], weights[no])
+        if pairs.any():
+            above = (1 + np.sign(np.subtract.outer(ratings[yes], ratings[no]))) / 2
+            areas.append((above * pairs).sum() / pairs.sum())
+            read_by.append(weights[own].sum())
+    return float(np.average(areas, weights=read_by)) if areas else float("nan")
 
 
 _COLUMNS = {
