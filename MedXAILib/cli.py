@@ -277,10 +277,14 @@ def explain(
     check: Annotated[
         bool, typer.Option("--check", help="Also check how far the map can be trusted: up to ten times as long.")
     ] = False,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also write the page as a PDF.")] = False,
     seed: _Seed = 0,
     trust: _Trust = False,
 ) -> None:
     """Explain why MODEL says what it says about VOLUME: a map, a picture and a page."""
+    if pdf:
+        # First: that it cannot be printed should not be known only when it is computed.
+        from MedXAILib.report.pdf import print_page
     where = None if region is None else _numbers(region)
     given = dict(map(_pair, settings or ()))
     with _live(device=device, seed=seed, memory_budget=None if memory is None else _bytes(memory)) as run:
@@ -312,6 +316,8 @@ def explain(
                 run.step(0, 1, "Writing")
                 shown = show(scan, found, prediction, mask, card)
                 write(folder, shown, prediction, image_format=format.value)
+            if pdf:
+                print_page(folder)
     if isinstance(found, SaliencyMap):
         _report(shown, prediction, out)
     else:
@@ -372,6 +378,21 @@ def export(
 
         written = write_dicom(load_explanation(explanation), series, out, load_card(explanation))
     typer.echo(f"Written to {visible(str(out))}: {', '.join(file.name for file in written)}")
+
+
+@app.command()
+def pdf(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Of an explanation, an evaluation or anything else with a page.", show_default=False),
+    ],
+) -> None:
+    """Print the page in FOLDER to a PDF beside it."""
+    with _busy("Printing"):
+        from MedXAILib.report.pdf import print_page
+
+        printed = print_page(folder)
+    typer.echo(f"Written to {visible(str(printed))}")
 
 
 @app.command()

@@ -88,7 +88,7 @@ def test_package_has_every_file_and_nothing_else(package):
     expected = set()
     for source, inside in (("MedXAI", ""), ("MedXAILib", "MedXAILib/")):
         expected |= {inside + name for name in files(ROOT / source) if "__pycache__" not in name}
-    for name in ("Models", "SampleData"):
+    for name in ("Fonts", "Models", "SampleData"):
         expected |= {f"MedXAILib/Resources/{name}/{inside}" for inside in files(ROOT / "Resources" / name)}
     expected = {name for name in expected if not name.endswith("CMakeLists.txt")}
     assert {"MedXAI.py", "MedXAISlicerLib/panels/__init__.py", "Resources/MedXAI-requirements.txt"} <= expected

@@ -118,7 +118,7 @@ def test_the_page_of_cases_has_a_card_for_each_by_its_role(chest: mx.Volume, tmp
         found,
         cases=(
             replace(first, role="mistaken", numbers={"diameter_mm": 12.5}),
-            replace(second, note="said <benign>", query_map=found.query_map),
+            replace(second, note="said <benign>", query_map=found.whole_map),
             replace(third, volume=None, map=None, place=None),
         ),
         text="Two are near.",
@@ -136,7 +136,7 @@ def test_the_page_of_cases_has_a_card_for_each_by_its_role(chest: mx.Volume, tmp
     read = mx.load_explanation(tmp_path / "page")
     assert isinstance(read, mx.SimilarCases) and [case.role for case in read.cases] == ["mistaken", "alike", "alike"]
     kept = read.cases[1].query_map
-    assert kept is not None and found.query_map is not None and torch.equal(kept, found.query_map)
+    assert kept is not None and found.query_map is not None and torch.equal(kept.data, found.query_map)
 
 
 def test_the_page_of_a_traversal_says_where_the_answer_flips(caption: mx.Caption, tmp_path: Path) -> None:
@@ -169,7 +169,8 @@ def test_the_page_of_rules_marks_those_that_hold(chest: mx.Volume, caption: mx.C
         "If diameter is more than 12.3 mm and calcification is at most 0.5: malignant (covers 31% of the cases; the "
         "network says so in 94% of them (90% to 97%), their label in 90%)."
     )
-    assert f"<li class=applies>{said}</li>" in page and page.count("<li class=applies>") == 1
+    assert f"<li class=applies>{said} <span class=here>← this scan</span></li>" in page
+    assert page.count("<li class=applies>") == 1
     assert "Otherwise: benign (covers 69% of the cases; the network says so in 80% of them)." in text(page)
     read = mx.load_explanation(tmp_path / "page")
     assert isinstance(read, mx.RuleSet) and read.rules == (rule, other) and read.values == {"diameter_mm": 15.0}

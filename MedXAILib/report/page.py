@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from MedXAILib import __version__
 from MedXAILib.explanation import Explanation, SaliencyMap
 from MedXAILib.model import Prediction
 from MedXAILib.registry import EXPLAINERS
@@ -62,12 +63,15 @@ def page(shown: Shown, prediction: Prediction | None = None, others: Sequence[Sh
         _others(shown, others),
         provenance(shown.explanation),
     ]
-    return document(f"Why {made.target_label}: {title(made.method)}", parts)
+    return document(f"Why {made.target_label}: {title(made.method)}", parts, created=made.created)
 
 
-def document(name: str, parts: Iterable[str], style: str = "") -> str:
-    """The HTML page called `name`, in the look of all pages; `style` is what else its `parts` need."""
-    return _PAGE.format(title=escape(name), style=_STYLE + style, body="\n".join(part for part in parts if part))
+def document(name: str, parts: Iterable[str], style: str = "", created: str = "") -> str:
+    """The HTML page called `name`, in the look of all pages; `style` is what else its `parts` need, and `created` (ISO
+    8601) when what it tells was made."""
+    date = f'<meta name="date" content="{escape(created)}">\n' if created else ""
+    body = "\n".join(part for part in parts if part)
+    return _PAGE.format(title=escape(name), version=__version__, date=date, style=_STYLE + style, body=body)
 
 
 def _partial(explanation: SaliencyMap) -> str:
@@ -236,7 +240,8 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
+<meta name="generator" content="MedXAI {version}">
+{date}<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>

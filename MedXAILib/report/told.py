@@ -70,7 +70,7 @@ def told_page(
         checks(told),
         provenance(told),
     ]
-    return document(f"{sheet.heading}: {name}", parts, _STYLE + sheet.style)
+    return document(f"{sheet.heading}: {name}", parts, _STYLE + sheet.style, made.created)
 
 
 _STYLE = """
