@@ -11,19 +11,22 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from MedXAILib.cases.library import Library
 from MedXAILib.cases.record import Record
 from MedXAILib.cases.spaces import fingerprint, said
 from MedXAILib.engines.rule_fit import Cases, covers, grown, halves, judged, nearest
-from MedXAILib.errors import MedXAIError, unknown
+from MedXAILib.errors import Cancelled, MedXAIError, OutOfMemory, unknown
 from MedXAILib.example_based.library_method import LibraryMethod
 from MedXAILib.explainer import Folder, Names, Question, Taxonomy
 from MedXAILib.explanation import Explanation
+from MedXAILib.model import Model
 from MedXAILib.rule import Rule
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.table import Row, read_rows
@@ -37,6 +40,10 @@ _FEWEST = 40
 _UNITS = ("mm", "cm", "ml", "hu")
 _NO_FEATURES = ("volume", "region", "label", "patient", "uid", "said", "split", "report", "segmentation")
 """Columns of a table with a meaning of their own."""
+
+_Featured = tuple[Record, Mapping[str, float]]
+# Cases and why others were left out, by network; they go when it goes.
+_KNOWN: WeakKeyDictionary[Model, dict[Any, tuple[list[_Featured], list[str]]]] = WeakKeyDictionary()
 
 
 class Rules(LibraryMethod):
@@ -91,7 +98,7 @@ class Rules(LibraryMethod):
         if self.of == "named" and not isinstance(network, NamesAttributes):
             raise MedXAIError(f"{model.name} names no attributes: choose of='known', or lung_nodule_semantic.")
         named = network if isinstance(network, NamesAttributes) and self.of != "known" else None
-        cases = _made(list(self._known(question, named)), self.features, named)
+        cases = _made(self._known(question, named), self.features, named)
         whole = np.isfinite(cases.values).all(1)
         if not whole.all():
             run.note(f"{(~whole).sum()} cases are left out: not all features are known of them.")
@@ -120,33 +127,38 @@ class Rules(LibraryMethod):
         found = grown(near, self.depth, self.leaf, seed, weights)
         return [replace(rule, scope="case") for rule in found if rule.conditions and _applies(rule, here)]
 
-    def _known(self, question: Question, named: NamesAttributes | None) -> Iterator[tuple[Record, Mapping[str, float]]]:
-        """Each case, with its features."""
-        if self.table:
-            yield from self._listed(question, named)
-            return
-        run, model = question.run, question.model
-        library = self.opened(question)
+    def _known(self, question: Question, named: NamesAttributes | None) -> list[_Featured]:
+        """Each case, with its features; what was asked of this network before is not asked again."""
+        library = None if self.table else self._opened(question)
+        rows = read_rows(Path(self.table)) if library is None else []
+        scans = [row.table.parent / row["volume"] for row in rows]
+        changed = [scan.stat().st_mtime_ns for scan in scans if scan.exists()]
+        source = (repr(rows), *changed) if library is None else (library.path, library.version)
+        known = _KNOWN.setdefault(question.model, {})
+        key = source, named is not None
+        if key not in known:
+            left: list[str] = []
+            asked = self._listed(question, named, rows) if library is None else _held(question, named, library, left)
+            known[key] = list(asked), left
+        found, left = known[key]
+        for why in left:
+            question.run.note(f"Left out: {why}")
+        return found
+
+    def _opened(self, question: Question) -> Library:
+        """
+        Raises:
+            MedXAIError: for a library that another network embedded.
+        """
+        library, model = self.opened(question), question.model
         if library.embedder.fingerprint != fingerprint(model):
             raise MedXAIError(
                 f"The library '{library.path}' is of {library.embedder.name}, and knows what that says: give one that "
                 f"{model.name} embedded."
             )
-        records = library.records(whole=False)
-        for i, record in enumerate(records):
-            run.step(i, len(records), self.title)
-            if named is None:
-                yield record, _numbers(record.meta)
-                continue
-            try:
-                yield _asked(question, named, record, library.volume(record))
-            except MedXAIError as error:
-                run.note(f"Left out: {error}")
+        return library
 
-    def _listed(
-        self, question: Question, named: NamesAttributes | None
-    ) -> Iterator[tuple[Record, Mapping[str, float]]]:
-        rows = read_rows(Path(self.table))
+    def _listed(self, question: Question, named: NamesAttributes | None, rows: Sequence[Row]) -> Iterator[_Featured]:
         for i, row in enumerate(rows):
             question.run.step(i, len(rows), self.title)
             record = Record(f"row {row.number}", row["patient"] or row["volume"], row["label"], row["said"])
@@ -172,6 +184,22 @@ class Rules(LibraryMethod):
             except ValueError as error:
                 raise MedXAIError(f"'{given}' is no value: write name=number, such as {features[0]}=14.") from error
         return {name: found[name] for name in features if name in found}
+
+
+def _held(question: Question, named: NamesAttributes | None, library: Library, left: list[str]) -> Iterator[_Featured]:
+    """The cases of a library, with their features; why some had to be left out is added to `left`."""
+    records = library.records(whole=False)
+    for i, record in enumerate(records):
+        question.run.step(i, len(records), Rules.title)
+        if named is None:
+            yield record, _numbers(record.meta)
+            continue
+        try:
+            yield _asked(question, named, record, library.volume(record))
+        except (Cancelled, OutOfMemory):
+            raise
+        except MedXAIError as error:
+            left.append(str(error))
 
 
 def _asked(
