@@ -101,7 +101,7 @@ def _put(fresh: Path, place: Path) -> None:
 
 
 def _explained(plan: Plan, unit: Unit, model: Model, device: str | None) -> Explanation:
-    volume = _scan(unit.subject.volume)
+    volume = scan_of(unit.subject.volume)
     asked = unit.subject.target
     target = int(asked) if asked is not None and asked.isdecimal() else asked
     run = Run(device=device, seed=plan.seed)
@@ -115,7 +115,8 @@ def _model(path: str, trust: bool, code: str | None) -> Model:
     return load_model(path, trust=trust)
 
 
-def _scan(files: Sequence[str]) -> Volume:
+def scan_of(files: Sequence[str]) -> Volume:
+    """The scan in one file or folder, or in several, as channels."""
     return load_volume(files[0] if len(files) == 1 else list(files))
 
 
@@ -138,7 +139,7 @@ def replaced(unit: Unit, known: dict[str, Any]) -> bool:
     if now in (None, known.get("scan", now)):
         return False
     try:
-        return _scan(unit.subject.volume).fingerprint != known.get("volume")
+        return scan_of(unit.subject.volume).fingerprint != known.get("volume")
     except MedXAIError:
         return True
 
