@@ -41,8 +41,8 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     area = visible.effect + 0.5
     reads = f"{visible.group} can be told from the embedding of a case with an area under the curve of {area:.2f}"
     hangs = (
-        f"from others to {used.group} the evidence for {cohort.classes[used.column]} moves along the embedding by "
-        f"{used.effect:+.2f} of its standard deviation"
+        f"moved from the others to {used.group} in the embedding, a case changes its evidence for "
+        f"{cohort.classes[used.column]} by {used.effect:+.2f} standard deviations"
     )
     tests = [
         Test(hangs, abs(used.effect), _USED, used.p, used.null),

@@ -20,7 +20,7 @@ TITLE = "Does the background of another site change the answer?"
 _LEAST = 0.2
 
 # Cases that get every background, and the voxels over which it is blended in on each side.
-_RECIPIENTS, _BLEND = 8, 2
+_RECIPIENTS, _BLEND = 6, 2
 
 # A forward takes up to so many times its input.
 _TIMES = 50
@@ -53,8 +53,8 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     found = groups.contrast(effects / cohort.evidence.std(0).clip(1e-12))
     of = cohort.classes[found.column]
     says = (
-        f"The background of {found.group} moves the evidence for {of} by {found.effect:+.2f} of its standard deviation "
-        "against that of others"
+        f"A background of {found.group} changes the evidence for {of} by {found.effect:+.2f} standard deviations, "
+        "against one of the others"
     )
     rows = [
         {"case": cohort.uids[i], "group": groups.cells[i]}

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 from MedXAILib.audit.audit import CHECKS, WORDS, Audit
 from MedXAILib.audit.outcome import Picture
@@ -41,7 +42,7 @@ def page(audit: Audit, made: Mapping[str, Any]) -> str:
         f"<p class=warning>{RESEARCH_ONLY}</p>",
         f"<p><strong>{_verdict(audit)}</strong></p>",
         listed(made["notes"]),
-        *(_finding(found, audit.pictures[found.check]) for found in audit.findings),
+        *(_finding(found, audit.tables[found.check], audit.pictures[found.check]) for found in audit.findings),
         _left_out(audit),
         f"<h2>How to read it</h2>{listed(_READING)}",
         _behind(audit, made),
@@ -58,18 +59,26 @@ def _verdict(audit: Audit) -> str:
     return "No alarm." if not counts[None] else f"No alarm; {counts[None]} checks had too few cases to say."
 
 
-def _finding(found: Finding, pictures: Sequence[Picture]) -> str:
+def _finding(found: Finding, table: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> str:
     word, colour = WORDS[found.light]
     lamp = f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
     column = escape(found.check.partition(":")[2])
-    rows = "".join(_row(group, list(shown)) for group, shown in groupby(pictures, key=lambda one: one.group))
-    return f"<h2>{escape(found.title)} ({column})</h2><p>{lamp}: {escape(found.sentence)}</p>{rows}"
+    shown = "".join(_row(group, list(alike)) for group, alike in groupby(pictures, key=lambda one: one.group))
+    numbers = _table(table) if len(table) <= _ROWS else ""
+    return f"<h2>{escape(found.title)} ({column})</h2><p>{lamp}: {escape(found.sentence)}</p>{numbers}{shown}"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = "".join(f"<th>{escape(head)}</th>" for head in rows[0])
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    body = "".join(f"<tr>{''.join(f'<td class=number>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+    return f"<table class=numbers><tr>{heads}</tr>{body}</table>"
 
 
 def _row(group: str, pictures: Sequence[Picture]) -> str:
     cards, look = [], None
     for one in pictures:
-        volume = Volume(one.scan[None].float().cpu(), one.affine)
+        volume = Volume(one.scan[None].float().cpu(), _straight(one.affine))
         centre = middle(volume.shape, volume.affine)
         field = float(np.ptp(transform(volume.affine, corners(volume.shape)), axis=0).max())
         focus = [*centre[:2], *volume.to_point(one.focus)[2:]]
@@ -78,6 +87,18 @@ def _row(group: str, pictures: Sequence[Picture]) -> str:
         drawn = image(look.draw(volume, focus, heat), f"{group}: {one.title}")
         cards.append(f"<figure>{drawn}<figcaption>{escape(one.title)}</figcaption></figure>")
     return f"<h3>{escape(group)}</h3><div class=shown>{''.join(cards)}</div>"
+
+
+def _straight(affine: np.ndarray) -> np.ndarray:
+    """The affine with its axes along those of the patient that are nearest: an oblique patch is cut along its own
+    planes."""
+    axes = affine[:-1, :-1]
+    length = np.linalg.norm(axes, axis=0)
+    found = np.eye(len(affine))
+    found[:-1, :-1] = 0
+    for row, column in zip(*linear_sum_assignment(-np.abs(axes / length)), strict=True):
+        found[row, column] = np.sign(axes[row, column]) * length[column]
+    return found
 
 
 def _left_out(audit: Audit) -> str:
@@ -103,9 +124,11 @@ def _behind(audit: Audit, made: Mapping[str, Any]) -> str:
     )
 
 
-_PIXELS = 220
+# Pixels of a picture, and rows of a table that is shown.
+_PIXELS, _ROWS = 220, 20
 
 _STYLE = """
+.numbers { margin: .3rem 0; font-size: .85rem; color: var(--faint); }
 h3 { margin: 1rem 0 .3rem; font-size: 1rem; } .shown { display: flex; flex-wrap: wrap; gap: .8rem; }
 .shown figure { margin: 0; } .shown img { width: 220px; }
 figcaption { max-width: 220px; font-size: .85rem; color: var(--faint); overflow-wrap: anywhere; }
