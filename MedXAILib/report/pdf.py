@@ -241,7 +241,9 @@ class _Printer:
         space = 0.0 if node.tag == "h1" else 0.9 * style.fontSize
         own = ParagraphStyle("", parent=style, keepWithNext=True, spaceBefore=space)
         said = " ".join(_printable(node.text).split())
-        return _Heading(self.markup(node), own, f"heading-{self._headings}", said, self._level)
+        made = _Heading(self.markup(node), own)
+        made.bookmark = said, f"heading-{self._headings}", self._level
+        return made
 
     def markup(self, node: _Node) -> str:
         """What is in a line, in the words of ReportLab."""
@@ -407,14 +409,20 @@ class _Printer:
 class _Heading(platypus.Paragraph):
     """One that is found in the list of bookmarks."""
 
-    def __init__(self, markup: str, style: ParagraphStyle, key: str, said: str, level: int) -> None:
-        super().__init__(markup, style)
-        self._bookmark = said, key, level
+    bookmark: tuple[str, str, int] | None = None
+    """What it says, its key and its level."""
+
+    def split(self, *room: float) -> list[Any]:
+        parts: list[Any] = super().split(*room)
+        for first in parts[:1]:
+            first.bookmark = self.bookmark
+        return parts
 
     def draw(self) -> None:
-        said, key, level = self._bookmark
-        self.canv.bookmarkHorizontal(key, 0, self.height)
-        self.canv.addOutlineEntry(said, key, level)
+        if self.bookmark is not None:
+            said, key, level = self.bookmark
+            self.canv.bookmarkHorizontal(key, 0, self.height)
+            self.canv.addOutlineEntry(said, key, level)
         super().draw()
 
 
@@ -450,7 +458,7 @@ def _small(canvas: Canvas) -> None:
 
 def _together(printed: Sequence[Any]) -> Iterator[Any]:
     """Headings with what follows them; before a table there must be room for some of it, not for all."""
-    for one, following in zip(printed, [*printed[1:], None], strict=True):
+    for one, following in zip(printed, [*printed[1:], None], strict=False):
         if one.getKeepWithNext() and isinstance(following, platypus.Table):
             one.keepWithNext = False
             yield platypus.CondPageBreak(_HEIGHT / 4)
@@ -528,7 +536,10 @@ def _whole(text: str) -> str:
 
 def _date(said: str) -> str:
     """As PDF writes them; empty for none."""
-    return f"{datetime.fromisoformat(said).astimezone(timezone.utc):D:%Y%m%d%H%M%SZ}" if said else ""
+    if not said:
+        return ""
+    moment = datetime.fromisoformat(said)
+    return f"{moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc):D:%Y%m%d%H%M%SZ}"
 
 
 def _register() -> None:
