@@ -28,8 +28,7 @@ from typer.testing import CliRunner
 
 import MedXAILib as mx
 from MedXAILib.cli import app
-from MedXAILib.cohort import engine, work
-from MedXAILib.cohort import reduce as reduction
+from MedXAILib.cohort import engine, sums, work
 from MedXAILib.cohort.engine import compute, todo
 from MedXAILib.cohort.plan import Plan, Unit, make_plan, read_plan
 from MedXAILib.cohort.reduce import by_group, reduce
@@ -498,7 +497,7 @@ def test_labels_of_nine_digits_are_counted() -> None:
     # As in the atlas of the Allen Institute; a table of all numbers below it would take five gigabytes.
     labels = torch.tensor([[[0, 614454277], [-7, 614454277]]])
     values = torch.tensor([[[0.1, 0.2], [0.3, 0.4]]], dtype=torch.float64)
-    found = reduction._shares(values, labels, {614454277: "Supraoculomotor"})
+    found = sums.by_region(values, labels, {614454277: "Supraoculomotor"})
     assert found == pytest.approx({"outside": 0.1, "Supraoculomotor": 0.6, "label -7": 0.3})
 
 
@@ -581,7 +580,7 @@ def test_what_a_cohort_has_in_common(undisturbed: Path) -> None:
         assert shares["front"] == pytest.approx(float(one[:, :15].sum()), abs=1e-4), uid
         assert shares["label 4"] == pytest.approx(float(one[:, 15:, :10].sum()), abs=1e-4)
         assert sum(shares.values()) == pytest.approx(1)
-    rows = {(s.region, s.group): s for s in by_group(overall, read_plan(undisturbed).subjects, "site")}
+    rows = {(s.region, s.group): s for s in by_group(overall.shares, read_plan(undisturbed).subjects, ["site"])}
     south = [s["front"] for uid, s in overall.shares.items() if int(uid[-1]) % 2]
     assert rows["front", "south"].mean == pytest.approx(np.mean(south)) and rows["front", "south"].cases == 2
     assert rows["front", "all"].low <= rows["front", "all"].mean <= rows["front", "all"].high

@@ -69,7 +69,7 @@ def run(
         str | None, typer.Option("--walltime", help="... time of a job, as the system has it.", show_default=False)
     ] = None,
     memory: Annotated[str, typer.Option("--memory", help="... memory of a job.")] = "8GB",
-    cores: Annotated[int, typer.Option("--cores", min=1, help="... cores of a job.")] = 2,
+    cores: Annotated[int, typer.Option("--cores", min=1, help="... cores of a job.")] = 1,
     shard: Annotated[
         str | None, typer.Option("--shard", help="Only part I of N, as 3/20: for arrays of jobs.", show_default=False)
     ] = None,
@@ -161,11 +161,16 @@ def reduce(
     names: Annotated[
         Path | None, typer.Option("--names", help='What labels are called, JSON: {"1": "left ..."}.')
     ] = None,
-    by: Annotated[str | None, typer.Option("--by", help="A column of the plan to split by, such as site.")] = None,
+    by: Annotated[
+        list[str] | None, typer.Option("--by", help="A column of the plan to split by, such as site; several times.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("medxai-cohort"),
 ) -> None:
-    """Write the mean and the variance of the maps, their shares in the regions of an atlas, and what is told otherwise
-    than with maps (concepts, prototypes, rules, words, cases), by groups."""
+    """Write the mean and the spread of the maps, their shares in the regions of an atlas and whether groups differ, and
+    what is told otherwise than with maps (concepts, prototypes, rules, words, cases), by groups."""
+    from SimpleITK import WriteImage
+
     from MedXAILib.cli import _live
     from MedXAILib.cohort import reduce as reduction
     from MedXAILib.cohort import told
@@ -177,11 +182,13 @@ def reduce(
     labels = None if atlas is None else load_volume(atlas)
     subjects = read_plan(folder).subjects
     with _live() as live:
-        for method, tables in told.reduce(folder, by, live):
+        for method, tables in told.reduce(folder, by[0] if by else None, live):
             told.write(method, tables, out)
         if template is None and told.maps(folder):
             raise MedXAIError(f"Maps are laid on a template: give --template. What else is told is in '{out}'.")
-        overalls = [] if template is None else reduction.reduce(folder, load_volume(template), labels, called, live)
-        for overall in overalls:
-            reduction.write(overall, reduction.by_group(overall, subjects, by), out)
+        if template is not None:
+            onto = load_volume(template)
+            for overall in reduction.reduce(folder, onto, labels, called, live, workers):
+                reduction.write(overall, subjects, by or [], out)
+            WriteImage(onto.to_sitk(), str(out / "template.nrrd"), useCompression=True)
     typer.echo(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -3,8 +3,10 @@ and whether that differs between groups. It follows from the results alone, take
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +14,29 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from MedXAILib.cohort.differences import Difference, differences, grouped
+from MedXAILib.cohort.engine import carry_out
 from MedXAILib.cohort.plan import Subject, Unit, read_plan
-from MedXAILib.cohort.work import RESULTS, receipt
+from MedXAILib.cohort.registration import registered
+from MedXAILib.cohort.sums import Summing, merged, prepare
+from MedXAILib.cohort.tables import spread, whose
+from MedXAILib.cohort.told import maps
+from MedXAILib.cohort.work import receipt
 from MedXAILib.errors import MedXAIError
-from MedXAILib.explanation import SaliencyMap, load_explanation
 from MedXAILib.run import Run
 from MedXAILib.table import write_rows
 from MedXAILib.volume import Volume
-
-_DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Overall:
     """Of one method: the mean of the absolute maps and their variance over cases (D, H, W), on the template's grid; the
-    share of each case's absolute map that lies in each region of the atlas; and of how many cases."""
+    share of each case's absolute map that lies in each region of the atlas; of how many cases, and why others were left
+    out.
+
+    Of signed maps, `contributions` are the sums of each case's map, as it is, over the regions. They add up to what the
+    map explains: for Deep SHAP, by how much the output differs from that of the baseline.
+    """
 
     method: str
     mean: Tensor
@@ -34,11 +44,14 @@ class Overall:
     affine: np.ndarray
     shares: Mapping[str, Mapping[str, float]]
     cases: int
+    contributions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The mean share of the maps in a region over a group of cases, and its 95 % interval (bootstrap over cases)."""
+    """The mean share of the maps in a region over a group of cases, those of one value of the column `by` (all: ""),
+    and its 95 % interval (bootstrap over cases)."""
 
     region: str
     group: str
@@ -46,6 +59,7 @@ class Share:
     mean: float
     low: float
     high: float
+    by: str = ""
 
 
 def reduce(
@@ -54,101 +68,99 @@ def reduce(
     atlas: Volume | None = None,
     names: Mapping[int, str] | None = None,
     run: Run | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
 ) -> list[Overall]:
     """What the maps in `folder` have in common, method by method, each map brought to sum to one, so that every case
     counts alike.
 
     Args:
-        template: on whose grid they are laid. A case that has a `transform` in the plan (from points of the template to
-            points of the scan, as SimpleITK registers) goes through it, others lie where they are.
+        template: on whose grid they are laid. A case goes through the `transform` that it has in the plan (from points
+            of the template to points of the scan, as SimpleITK registers), or else through the one that `register`
+            found. In a cohort that was not registered, others lie where they are.
         atlas: integer labels, on any grid of the template's space; `names` says what they are.
+        workers, scheduler: as for `compute`. The result does not depend on them, to the last bit.
 
     Raises:
-        MedXAIError: when there is no map.
+        MedXAIError: when there is no map, or the cohort was registered to another template, or in part only.
     """
-    folder, run = Path(folder), run or Run()
-    labels = None if atlas is None else _labels(atlas, template)
-    methods: dict[str, list[Unit]] = {}
+    folder = Path(folder).resolve()
+    found, left_out = registered(folder, template)
+    methods: dict[str, list[tuple[Unit, str | None]]] = {method: [] for method in maps(folder)}
     for unit in read_plan(folder).units():
-        known = receipt(folder, unit.key)
-        if known is not None and known["status"] == "done":
-            methods.setdefault(unit.method, []).append(unit)
-    found = []
-    for method, units in methods.items():
-        mean = spread = torch.zeros(template.shape, dtype=torch.float64)
-        shares: dict[str, dict[str, float]] = {}
-        for subject, values in _placed(folder, units, template, run):
-            shares[subject.uid] = {} if labels is None else _shares(values, labels, names or {})
-            # Welford: one map is held at a time.
-            from_mean = values - mean
-            mean = mean + from_mean / len(shares)
-            spread = spread + from_mean * (values - mean)
-        if shares:
-            variance = spread / max(1, len(shares) - 1)
-            found.append(Overall(method, mean, variance, template.affine, shares, len(shares)))
-    if not found:
+        known, uid = receipt(folder, unit.key), unit.subject.uid
+        if unit.method in methods and uid not in left_out and known is not None and known["status"] == "done":
+            methods[unit.method].append((unit, unit.subject.transform or found.get(uid)))
+    place, pieces = prepare(folder, template, atlas, names or {}, methods)
+    carry_out(Summing(place), list(pieces), "Putting the maps together", workers, scheduler, run=run)
+    overall = []
+    for method in methods:
+        sums = merged(place, [piece for piece in pieces if piece.rpartition(".")[0] == method])
+        if count := len(sums.shares):
+            mean, squares = torch.from_numpy(sums.maps / count)
+            variance = (squares - mean**2).clamp(min=0) * (count / max(1, count - 1))
+            out = left_out | sums.left_out
+            made = Overall(method, mean, variance, template.affine, sums.shares, count, sums.contributions, out)
+            overall.append(made)
+    shutil.rmtree(place)
+    if not overall:
         raise MedXAIError(f"'{folder}' holds no map yet: compute it first ('medxai cohort run').")
-    return found
+    return overall
 
 
-def by_group(overall: Overall, subjects: Sequence[Subject], column: str | None = None, seed: int = 0) -> list[Share]:
-    """The mean share in each region, of all cases, and of those that have each value of `column` in the plan."""
-    group_of = {one.uid: one.meta.get(column, "") if column else "" for one in subjects}
-    groups = ["", *sorted({group_of[uid] for uid in overall.shares} - {""})]
-    generator = np.random.default_rng(seed)
+def by_group(
+    shares: Mapping[str, Mapping[str, float]], subjects: Sequence[Subject], columns: Sequence[str] = ()
+) -> list[Share]:
+    """The mean of what each case says of each region, its `shares` or `contributions`: of all cases, and of those of
+    each group by `columns` of the plan."""
+    of = {one.uid: one for one in subjects}
+    split = [("", dict.fromkeys(shares, "all")), *((column, grouped(subjects, column)) for column in columns)]
     rows = []
-    for region in sorted({region for shares in overall.shares.values() for region in shares}):
-        for group in groups:
-            values = np.array([s[region] for uid, s in overall.shares.items() if group in ("", group_of[uid])])
-            drawn = values[generator.integers(len(values), size=(_DRAWS, len(values)))].mean(1)
-            low, high = np.percentile(drawn, (2.5, 97.5))
-            rows.append(Share(region, group or "all", len(values), float(values.mean()), float(low), float(high)))
+    for region in sorted({region for one in shares.values() for region in one}):
+        for column, group_of in split:
+            for group in sorted({group_of[uid] for uid in shares if uid in group_of}):
+                among = [uid for uid in shares if group_of.get(uid) == group]
+                ends = spread([shares[uid][region] for uid in among], [whose(of[uid]) for uid in among])
+                rows.append(Share(region, group, len(among), *ends, column))
     return rows
 
 
-def write(overall: Overall, groups: Sequence[Share], folder: Path) -> None:
-    """Write `<method>-mean.nrrd`, `<method>-variance.nrrd`, `<method>-cases.csv` and `<method>-regions.csv`."""
+def write(overall: Overall, subjects: Sequence[Subject], columns: Sequence[str], folder: Path) -> None:
+    """Write what is known of a method over all cases, and by groups by `columns` of the plan, as `<method>-` and
+
+    - `mean.nrrd`, `variance.nrrd`; `error.nrrd`, the standard error of the mean, in its unit; and `variation.nrrd`, the
+      standard deviation over the mean: 0 where all cases are alike, more than 1 where few of them make the mean;
+    - `cases.csv` and `regions.csv`, the shares; of signed maps `contributions.csv`, where `importance` is the mean of
+      their sizes; `differences.csv` between groups; `left-out.csv`, if any case was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (("mean", overall.mean), ("variance", overall.variance)):
+    deviation = overall.variance.sqrt()
+    images = {
+        "mean": overall.mean,
+        "variance": overall.variance,
+        "error": deviation / math.sqrt(overall.cases),
+        # Where no map says anything, nothing varies.
+        "variation": (deviation / overall.mean).nan_to_num(0.0),
+    }
+    for name, values in images.items():
         image = Volume(values[None].float(), overall.affine).to_sitk()
         sitk.WriteImage(image, str(folder / f"{overall.method}-{name}.nrrd"), useCompression=True)
-    regions = sorted({region for shares in overall.shares.values() for region in shares})
-    cases = [[uid, *(shares[region] for region in regions)] for uid, shares in overall.shares.items()]
-    write_rows(folder / f"{overall.method}-cases.csv", ["case", *regions], cases)
-    heads = ["region", "group", "cases", "mean", "low", "high"]
-    rows = [[s.region, s.group, s.cases, s.mean, s.low, s.high] for s in groups]
-    write_rows(folder / f"{overall.method}-regions.csv", heads, rows)
-
-
-def _placed(folder: Path, units: Sequence[Unit], template: Volume, run: Run) -> Iterator[tuple[Subject, Tensor]]:
-    """The absolute maps on the grid of the template, (D, H, W), float64, each summing to one; without those of zero."""
-    grid = template.to_sitk()
-    for done, unit in enumerate(units):
-        run.step(done, len(units), f"Putting the maps of {unit.method} together")
-        found = load_explanation(folder / RESULTS / unit.key)
-        if not isinstance(found, SaliencyMap):
-            continue
-        image = Volume(found.data.abs().sum(0, keepdim=True), found.affine).to_sitk()
-        given = unit.subject.transform
-        transform = sitk.Transform(3, sitk.sitkIdentity) if given is None else sitk.ReadTransform(given)
-        laid = sitk.Resample(image, grid, transform, sitk.sitkLinear, 0.0, sitk.sitkFloat64)
-        values = torch.from_numpy(sitk.GetArrayFromImage(laid))
-        if float(values.sum()) > 0:
-            yield unit.subject, values / values.sum()
-
-
-def _labels(atlas: Volume, template: Volume) -> Tensor:
-    image = sitk.Resample(
-        atlas.to_sitk(), template.to_sitk(), sitk.Transform(3, sitk.sitkIdentity), sitk.sitkNearestNeighbor, 0.0
-    )
-    return torch.from_numpy(sitk.GetArrayFromImage(image).astype(np.int64))
-
-
-def _shares(values: Tensor, labels: Tensor, names: Mapping[int, str]) -> dict[str, float]:
-    # By their rank: there are atlases with labels of nine digits.
-    there, rank = labels.unique(return_inverse=True)
-    sums = torch.bincount(rank.flatten(), values.flatten())
-    return {
-        names.get(label, f"label {label}") if label else "outside": share
-        for label, share in zip(there.tolist(), sums.tolist(), strict=True)
+    heads = ["region", "group", "cases", "mean", "low", "high", "by"]
+    shares, signed = overall.shares, overall.contributions
+    sizes = {uid: {region: abs(value) for region, value in one.items()} for uid, one in signed.items()}
+    pairs = zip(by_group(signed, subjects, columns), by_group(sizes, subjects, columns), strict=True)
+    regions = sorted({region for one in shares.values() for region in one})
+    tables: dict[str, tuple[list[str], list[list[object]]]] = {
+        "cases": (["case", *regions], [[uid, *(one[region] for region in regions)] for uid, one in shares.items()]),
+        "regions": (heads, [[*vars(one).values()] for one in by_group(shares, subjects, columns)]),
+        "contributions": ([*heads, "importance"], [[*vars(one).values(), size.mean] for one, size in pairs]),
+        "differences": (
+            [one.name for one in fields(Difference)],
+            [[*vars(one).values()] for one in differences(shares, subjects, columns)],
+        ),
+        "left-out": (["case", "reason"], [[*one] for one in overall.left_out.items()]),
     }
+    for name, (names, rows) in tables.items():
+        if rows or name in ("cases", "regions"):
+            cells = [["" if cell != cell else cell for cell in row] for row in rows]
+            write_rows(folder / f"{overall.method}-{name}.csv", names, cells)
