@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
+from MedXAILib.cohort.intervals import whose
 from MedXAILib.cohort.plan import Subject
-from MedXAILib.cohort.tables import whose
 from MedXAILib.textual.significance import benjamini_hochberg
 
 _FEWEST = 5

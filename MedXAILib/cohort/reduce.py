@@ -16,10 +16,10 @@ from torch import Tensor
 
 from MedXAILib.cohort.differences import Difference, differences, grouped
 from MedXAILib.cohort.engine import carry_out
+from MedXAILib.cohort.intervals import spread, whose
 from MedXAILib.cohort.plan import Subject, Unit, read_plan
 from MedXAILib.cohort.registration import registered
 from MedXAILib.cohort.sums import Summing, merged, prepare
-from MedXAILib.cohort.tables import spread, whose
 from MedXAILib.cohort.told import maps
 from MedXAILib.cohort.work import receipt
 from MedXAILib.errors import MedXAIError

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from MedXAILib.cohort.intervals import whose
 from MedXAILib.cohort.plan import Subject
-from MedXAILib.cohort.tables import Said, whose
+from MedXAILib.cohort.tables import Said
 from MedXAILib.engines.rule_fit import Cases, covers, grown, halves, judged
 from MedXAILib.rule import Rule
 
@@ -56,7 +57,7 @@ def by_rules(what: str, rules: Sequence[Rule], known: Known) -> Iterator[Said]:
             "decides": math.nan if unknown else float(applies and not decided),
             "truth": float(label == rule.says) if label and applies else math.nan,
         }
-        yield Said(what, phrase(rule), right, more=more)
+        yield Said(what, phrase(rule), right, more=more, share=True)
         decided |= applies
     yield Said(what, NONE, math.nan, more={"completeness": float(not decided)}, example=None if decided else 0.0)
 

@@ -6,32 +6,32 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest  # type: ignore[import-untyped]
 
+from MedXAILib.cohort.differences import differences, grouped
+from MedXAILib.cohort.intervals import spread, whose
 from MedXAILib.cohort.plan import Subject
 from MedXAILib.table import write_rows
 from MedXAILib.textual.significance import benjamini_hochberg
 from MedXAILib.textual.tcav import score
 
-_DRAWS = 1000
-_ENDS = (2.5, 97.5)
 _EXAMPLES = 3
-_HEADS = ("group", "cases", "mean", "low", "high", "target")
+_HEADS = ("group", "cases", "mean", "low", "high", "by", "target")
 _COUNTED = ("word", "neighbour")
 """What is there in a case or is not: without it, a case counts as 0."""
+_MANY = ("neighbour",)
+"""Of which there are too many to ask of each whether groups differ."""
 
 
 @dataclass(frozen=True)
 class Said:
     """One number that an explanation tells: the `value` of `name`, which is a `what` ("concept"), as regards `target`.
 
-    NaN is unknown. `more` has what else is known of it, by column. `example` is how good an example of it this case is,
-    and `chance` are values of `more["magnitude"]` that random concepts would have.
+    NaN is unknown, and a `share` is 0 or 1. `more` has what else is known of it, by column. `example` is how good an
+    example of it this case is, and `chance` are values of `more["magnitude"]` that random concepts would have.
     """
 
     what: str
@@ -40,13 +40,14 @@ class Said:
     target: str = ""
     more: Mapping[str, float | str] = field(default_factory=dict)
     example: float | None = None
+    share: bool = False
     chance: tuple[float, ...] = ()
 
 
 class Tables:
-    """What was said of each case, by table. `by` is a column of the plan whose values are groups; None makes none."""
+    """What was said of each case, by table. `by` are columns of the plan that make groups, as `grouped` says."""
 
-    def __init__(self, by: str | None = None) -> None:
+    def __init__(self, by: Sequence[str] = ()) -> None:
         self._by = by
         self._subjects: dict[str, Subject] = {}
         self._said: dict[str, dict[tuple[str, str], dict[str, Said]]] = defaultdict(lambda: defaultdict(dict))
@@ -57,87 +58,64 @@ class Tables:
         for one in said:
             self._said[one.what][one.target, one.name][subject.uid] = one
 
-    def named(self) -> list[str]:
-        """What there is a table of."""
-        return list(self._said)
-
-    def values(self, what: str) -> dict[str, dict[tuple[str, str], float]]:
-        """By the uid of each case, the known values in a table by target and name."""
-        found: dict[str, dict[tuple[str, str], float]] = {uid: {} for uid in self._subjects}
-        for key, cells in self._said[what].items():
-            for uid, said in cells.items():
-                if not math.isnan(said.value):
-                    found[uid][key] = said.value
-        return found
-
     def rows(self, what: str) -> list[dict[str, Any]]:
         """A table, a row for each name and group; what is strongest over all cases comes first."""
-        cells = ((key, group) for key in self._said[what] for group in self._groups())
-        rows = [self._row(what, key, group, seen) for key, group in cells if (seen := self._seen(what, key, group))]
-        tested = [row for row in rows if "p" in row]
-        for row, q in zip(tested, benjamini_hochberg([row["p"] for row in tested]), strict=True):
-            row["q"] = float(q)
-        size = {(row["target"], row[what]): abs(row["mean"]) for row in rows if row["group"] == "all"}
+        rows = [
+            self._row(what, key, said) | {"group": group, "by": column}
+            for key in self._said[what]
+            for column, group, uids in self._groups()
+            if (said := self._of(what, key, uids))
+        ]
+        rows = _with_q(rows, [row for row in rows if "p" in row])
+        size = {(row["target"], row[what]): abs(row["mean"]) for row in rows if not row["by"]}
         # NaN is the last, and what is as strong comes in the order in which it was told.
         rows.sort(key=lambda row: (row["target"], -np.nan_to_num(size[row["target"], row[what]], nan=-1.0)))
         return rows
 
-    def write(self, what: str, path: Path) -> None:
-        """Write a table as CSV; what is unknown is empty."""
-        rows = self.rows(what)
-        heads = list(dict.fromkeys([what, *_HEADS, *(column for row in rows for column in row)]))
-        write_rows(path, heads, ([_cell(row.get(head, "")) for head in heads] for row in rows))
+    def differences(self) -> list[dict[str, Any]]:
+        """Whether groups differ in what is said, as `differences.differences` tests it; q-values are of all of it."""
+        rows = []
+        for what in (one for one in self._said if one not in _MANY):
+            # Together are tested those of which the same cases tell.
+            alike: dict[tuple[str, ...], dict[str, dict[str, float]]] = defaultdict(dict)
+            for key in self._said[what]:
+                known = _known(self._of(what, key, self._subjects))
+                alike[(key[0], *known)][key[1]] = known
+            for (target, *uids), names in alike.items():
+                cells = {uid: {name: known[uid] for name, known in names.items()} for uid in uids}
+                found = differences(cells, list(self._subjects.values()), self._by) if uids else []
+                rows += [{**vars(one), "of": what, "target": target} for one in found]
+        return _with_q(rows, [row for row in rows if not math.isnan(row["p"])])
 
-    def _groups(self) -> list[str]:
-        return ["", *sorted({self._group(one) for one in self._subjects.values()} - {""})]
+    def write(self, name: str, folder: Path) -> None:
+        """Write each table as `<name>-<what>s.csv`, and `<name>-differences.csv`, as CSV; what is unknown is empty."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for what in self._said:
+            _write(folder / f"{name}-{what}s.csv", (what, *_HEADS), self.rows(what))
+        if apart := self.differences():
+            _write(folder / f"{name}-differences.csv", ("region", *_HEADS[:-1]), apart)
 
-    def _group(self, subject: Subject) -> str:
-        return subject.meta.get(self._by, "") if self._by else ""
+    def _groups(self) -> list[tuple[str, str, list[str]]]:
+        """The column of each group, its name, and the uids of its cases."""
+        found = [("", "all", list(self._subjects))]
+        for column in self._by:
+            of = grouped(list(self._subjects.values()), column)
+            found += [(column, name, [uid for uid in of if of[uid] == name]) for name in sorted(set(of.values()))]
+        return found
 
-    def _seen(self, what: str, key: tuple[str, str], group: str) -> dict[str, Said]:
-        """What was said in the cases of a group."""
-        cells, absent = self._said[what][key], Said(what, key[1], 0.0)
-        among = [uid for uid, one in self._subjects.items() if group in ("", self._group(one))]
-        return {uid: cells.get(uid, absent) for uid in among if uid in cells or what in _COUNTED}
+    def _of(self, what: str, key: tuple[str, str], uids: Iterable[str]) -> dict[str, Said]:
+        """What was said in some cases."""
+        cells, absent = self._said[what][key], Said(what, key[1], 0.0, share=True)
+        return {uid: cells.get(uid, absent) for uid in uids if uid in cells or what in _COUNTED}
 
-    def _row(self, what: str, key: tuple[str, str], group: str, seen: Mapping[str, Said]) -> dict[str, Any]:
-        known = {uid: said.value for uid, said in seen.items() if not math.isnan(said.value)}
-        mean, low, high = spread(list(known.values()), [whose(self._subjects[uid]) for uid in known])
-        row = {what: key[1], "group": group or "all", "cases": len(known), "mean": mean, "low": low, "high": high}
-        row |= {"target": key[0], **_more([said.more for said in seen.values()]), **_tested(list(seen.values()))}
-        ranked = sorted((-said.example, uid) for uid, said in seen.items() if said.example is not None)
-        if ranked:
-            row["examples"] = "; ".join(uid for _, uid in ranked[:_EXAMPLES])
-        return row
-
-
-def whose(subject: Subject) -> str:
-    """Whose a case is, by the columns `patient` or `participant` of the plan; without, each is another patient's."""
-    return next((subject.meta[name] for name in ("patient", "participant") if subject.meta.get(name)), subject.uid)
-
-
-def spread(values: Sequence[float], patients: Sequence[str]) -> tuple[float, float, float]:
-    """The mean of `values` and its 95 % interval: by a bootstrap over `patients`; of a share by Wilson where that is
-    wider, as a bootstrap knows no doubt of what is always so. NaN of nothing, and the interval of a single patient."""
-    if not values:
-        return math.nan, math.nan, math.nan
-    _, of = np.unique(np.asarray(patients), return_inverse=True)
-    sums = np.stack([np.bincount(of, values), np.bincount(of)], axis=1)
-    mean = float(sums[:, 0].sum() / len(values))
-    if len(sums) < 2:
-        return mean, math.nan, math.nan
-    drawn = _draws(len(sums)) @ sums
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], _ENDS)
-    if set(values) <= {0.0, 1.0}:
-        exact = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-        low, high = min(low, exact.low), max(high, exact.high)
-    return mean, float(low), float(high)
-
-
-@lru_cache(maxsize=8)
-def _draws(count: int) -> np.ndarray:
-    """How often each of `count` is drawn (draws, count)."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _DRAWS)
+    def _row(self, what: str, key: tuple[str, str], said: Mapping[str, Said]) -> dict[str, Any]:
+        known = _known(said)
+        share = any(one.share for one in said.values())
+        mean, low, high = spread(list(known.values()), [whose(self._subjects[uid]) for uid in known], share)
+        row = {what: key[1], "cases": len(known), "mean": mean, "low": low, "high": high, "target": key[0]}
+        row |= {**_more([one.more for one in said.values()]), **_tested(list(said.values()))}
+        ranked = sorted((-one.example, uid) for uid, one in said.items() if one.example is not None)
+        return row | ({"examples": "; ".join(uid for _, uid in ranked[:_EXAMPLES])} if ranked else {})
 
 
 def _more(known: Sequence[Mapping[str, float | str]]) -> dict[str, Any]:
@@ -161,5 +139,17 @@ def _tested(said: Sequence[Said]) -> dict[str, float]:
     return {"alpha_tcav": found.numbers["alpha_tcav"], "tcav": found.numbers["tcav"], "p": found.p}
 
 
-def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
+def _known(said: Mapping[str, Said]) -> dict[str, float]:
+    return {uid: one.value for uid, one in said.items() if not math.isnan(one.value)}
+
+
+def _with_q(rows: list[dict[str, Any]], tested: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row, q in zip(tested, benjamini_hochberg([row["p"] for row in tested]), strict=True):
+        row["q"] = float(q)
+    return rows
+
+
+def _write(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    heads = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+    cells = ([row.get(head, "") for head in heads] for row in rows)
+    write_rows(path, heads, (["" if cell != cell else cell for cell in row] for row in cells))

@@ -34,11 +34,11 @@ _KNOWN = ("accuracy", "r2")
 """How well a network knows a concept, which is the same for all cases."""
 
 
-def reduce(folder: str | Path, by: str | None = None, run: Run | None = None) -> Iterator[tuple[str, Tables]]:
+def reduce(folder: str | Path, by: Sequence[str] = (), run: Run | None = None) -> Iterator[tuple[str, Tables]]:
     """What the explanations in `folder` that are no maps have in common, method by method.
 
     Args:
-        by: a column of the plan, by whose values cases are told apart, too.
+        by: columns of the plan, by which the cases are told apart, too.
     """
     folder, run = Path(folder), run or Run()
     plan, mapped = read_plan(folder), maps(folder)
@@ -60,13 +60,6 @@ def reduce(folder: str | Path, by: str | None = None, run: Run | None = None) ->
 def maps(folder: str | Path) -> list[str]:
     """The methods of the plan in `folder` that answer with maps."""
     return [method for method in read_plan(folder).methods if EXPLAINERS[method].kind == "SaliencyMap"]
-
-
-def write(method: str, tables: Tables, folder: Path) -> None:
-    """Write each table as `<method>-<what>s.csv`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for what in tables.named():
-        tables.write(what, folder / f"{method}-{what}s.csv")
 
 
 def _known(subject: Subject, told: Explanation) -> Known:
@@ -93,16 +86,16 @@ def _of_concepts(case: Known, told: ConceptScores) -> Iterator[Said]:
         if one.value is not None:
             more |= {"value": one.value, "unit": one.unit}
         more |= {n: one.numbers[n] for n in (*_KNOWN, "magnitude") if n in one.numbers}
-        yield Said("concept", name, score, target, more, one.score, one.chance)
+        yield Said("concept", name, score, target, more, one.score, chance=one.chance)
         # Findings of which there is something to see are those that are named.
         if one.weights and one.map is not None and one.value is not None and not one.unit:
-            yield Said("word", one.name, 1.0, more={"confidence": one.value}, example=one.value)
+            yield Said("word", one.name, 1.0, more={"confidence": one.value}, example=one.value, share=True)
 
 
 def _of_caption(case: Known, told: Caption) -> Iterator[Said]:
     for word in {word.text.lower(): word for word in told.words}.values():
         sure = {} if word.confidence is None else {"confidence": word.confidence}
-        yield Said("word", word.text.lower(), 1.0, more=sure, example=word.confidence)
+        yield Said("word", word.text.lower(), 1.0, more=sure, example=word.confidence, share=True)
 
 
 def _of_cases(case: Known, told: SimilarCases) -> Iterator[Said]:
@@ -117,10 +110,10 @@ def _of_cases(case: Known, told: SimilarCases) -> Iterator[Said]:
         more: dict[str, float | str] = {"label": one.label, "similarity": one.similarity, "for": speaks}
         if library:
             more["by chance"] = len(told.cases) / len(library)
-        yield Said("neighbour", one.uid, 1.0, more=more, example=one.similarity)
+        yield Said("neighbour", one.uid, 1.0, more=more, example=one.similarity, share=True)
     for column, own in case.subject.meta.items():
         shown = [library[one.uid] for one in told.cases if one.uid in library]
-        yield from _match(column, own, [record for record in shown if _text(record, column)], where)
+        yield from _agreement(column, own, [record for record in shown if _text(record, column)], where)
 
 
 def _of_prototypes(told: SimilarCases) -> Iterator[Said]:
@@ -138,14 +131,14 @@ def _of_prototypes(told: SimilarCases) -> Iterator[Said]:
         yield Said("prototype", one.uid, points, told.provenance.target_label, more, one.numbers["similarity"])
 
 
-def _match(column: str, own: str, shown: Sequence[Record], where: tuple[str, int]) -> Iterator[Said]:
+def _agreement(column: str, own: str, shown: Sequence[Record], where: tuple[str, int]) -> Iterator[Said]:
     """In what share of the cases `shown` the text in `column` is the case's `own`, and in what share it would be were
     they drawn from those of the library of which the network says the same."""
     if own and shown:
         drawn = [_texts(*where, column, record.said) for record in shown]
         chance = sum(texts[own] / texts.total() for texts in drawn) / len(drawn)
         yield Said(
-            "match", column, sum(_text(r, column) == own for r in shown) / len(shown), more={"by chance": chance}
+            "agreement", column, sum(_text(r, column) == own for r in shown) / len(shown), more={"by chance": chance}
         )
 
 
@@ -177,7 +170,7 @@ def _of_rules(case: Known, told: RuleSet) -> Iterator[Said]:
 
 def _of_traversal(case: Known, told: Traversal) -> Iterator[Said]:
     target, here = told.provenance.target_label, told.steps[told.here]
-    yield Said("change", "the decision changes", float(told.flipped is not None), target)
+    yield Said("change", "the decision changes", float(told.flipped is not None), target, share=True)
     if told.flipped is None:
         return
     there = told.steps[told.flipped]
