@@ -182,8 +182,8 @@ def reduce(
     labels = None if atlas is None else load_volume(atlas)
     subjects = read_plan(folder).subjects
     with _live() as live:
-        for method, tables in told.reduce(folder, by[0] if by else None, live):
-            told.write(method, tables, out)
+        for method, tables in told.reduce(folder, by or [], live):
+            tables.write(method, out)
         if template is None and told.maps(folder):
             raise MedXAIError(f"Maps are laid on a template: give --template. What else is told is in '{out}'.")
         if template is not None:
