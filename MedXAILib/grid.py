@@ -39,11 +39,14 @@ def resample(data: Tensor, affine: np.ndarray, shape: Sequence[int], onto: np.nd
     Only the part of the target grid that the source covers is computed, so a small map costs little in a large scan.
     """
     part, where = resample_part(data, affine, shape, onto, nearest)
-    if part.shape[1:] == tuple(shape):
-        return part
-    result = data.new_zeros((data.shape[0], *shape))
-    result[(slice(None), *where)] = part
-    return result
+    return part if part.shape[1:] == tuple(shape) else pasted(part, where, shape)
+
+
+def pasted(part: Tensor, where: tuple[slice, ...], shape: Sequence[int]) -> Tensor:
+    """`part` (C, *box) in its place in a grid of `shape`; zero elsewhere."""
+    whole = part.new_zeros((len(part), *shape))
+    whole[(slice(None), *where)] = part
+    return whole
 
 
 def resample_part(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from MedXAILib.errors import Cancelled, OutOfMemory
+from MedXAILib.grid import pasted
 
 # Somebody who looks on sees at most so often how far a map is, and that takes at most this share of the time.
 _GLIMPSE_SECONDS = 1.0
@@ -47,9 +48,7 @@ class Partial:
     @property
     def data(self) -> Tensor:
         """All of it, (C or 1, D, H, W)."""
-        data = self.part.new_zeros((len(self.part), *self.shape))
-        data[(slice(None), *self.where)] = self.part
-        return data
+        return pasted(self.part, self.where, self.shape)
 
 
 @dataclass

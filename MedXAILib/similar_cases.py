@@ -29,8 +29,8 @@ class Case:
     `uid` tells it from the others, `label` is what is known about it, and `similarity` is the greater the more alike it
     is, or what the explanation calls its score. `role` says why it is shown, `numbers` has what else is known of it by
     name (points, diameter ...), and `note` is a sentence for people. `source` says where its whole scan is; `volume` is
-    the part that was compared, `place` (RAS mm) and `map` (1, D, H, W) where in it the likeness lies; `query_map`
-    (1, D, H, W) is where in the scan explained, on that scan's own grid.
+    the part that was compared, `place` (RAS mm) and `map` (1, D, H, W) where in it the likeness lies; `query_map` is
+    where in the scan explained: of one channel, the part of that scan's own grid outside which there is none.
     """
 
     uid: str
@@ -43,7 +43,7 @@ class Case:
     role: Role = "alike"
     note: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    query_map: Tensor | None = None
+    query_map: Volume | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,13 @@ class SimilarCases(Explanation):
             if not case.uid or uids.count(case.uid) > 1:
                 raise MedXAIError(f"{uids.count(case.uid)} cases are called '{case.uid}': give each a name of its own.")
             _check(case)
-        queries = [m for m in (self.query_map, *(case.query_map for case in self.cases)) if m is not None]
-        shapes = {tuple(m.shape) for m in queries}
-        if queries and (self.affine is None or len(shapes) > 1 or queries[0].ndim != 4 or len(queries[0]) != 1):
-            raise MedXAIError("Maps of the query are (1, D, H, W), all of one grid, with its affine: give both.")
+        if self.query_map is not None and (self.affine is None or self.query_map.ndim != 4 or len(self.query_map) != 1):
+            raise MedXAIError("The map of the query is (1, D, H, W), with the affine of its grid: give both.")
+
+    @property
+    def whole_map(self) -> Volume | None:
+        """`query_map` in its place."""
+        return None if self.query_map is None or self.affine is None else Volume(self.query_map, self.affine)
 
     def _write(self, folder: Path, image_format: ImageFormat) -> dict[str, Any]:
         files: list[str] = []
@@ -85,13 +88,10 @@ class SimilarCases(Explanation):
             sitk.WriteImage(volume.to_sitk(), str(folder / files[-1]), useCompression=True)
             return len(files) - 1
 
-        def of_query(values: Tensor | None) -> Volume | None:
-            return None if values is None or self.affine is None else Volume(values, self.affine)
-
         said: dict[str, Any] = {
             "scored": self.scored,
             "text": self.text,
-            "query_map": written(of_query(self.query_map), "query-map"),
+            "query_map": written(self.whole_map, "query-map"),
             "cases": [],
         }
         for i, case in enumerate(self.cases):
@@ -107,7 +107,7 @@ class SimilarCases(Explanation):
                     "role": case.role,
                     "note": case.note,
                     "numbers": dict(case.numbers),
-                    "query_map": written(of_query(case.query_map), f"query-{i}-map"),
+                    "query_map": written(case.query_map, f"query-{i}-map"),
                 }
             )
         return {"files": files, **said, "affine": None if self.affine is None else self.affine.tolist()}
@@ -129,7 +129,7 @@ class SimilarCases(Explanation):
                 "place": said["place"] and tuple(said["place"]),
                 "volume": read(said["volume"], said["source"]),
                 "map": values(said["map"]),
-                "query_map": values(said["query_map"]),
+                "query_map": read(said["query_map"]),
             }
             cases.append(Case(**{**said, **known}))
         return cls(
@@ -152,4 +152,6 @@ def _check(case: Case) -> None:
             raise MedXAIError(f"The {name} of the case '{case.uid}' is {number}: give a finite number.")
     if case.map is not None and (case.volume is None or tuple(case.map.shape) != (1, *case.volume.shape)):
         raise MedXAIError(f"The map of the case '{case.uid}' is not on the grid of its volume: give (1, D, H, W).")
+    if case.query_map is not None and len(case.query_map.data) != 1:
+        raise MedXAIError(f"The query map of the case '{case.uid}' has {len(case.query_map.data)} channels: give one.")
     check_place(case.place, f"the case '{case.uid}'")

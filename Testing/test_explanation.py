@@ -272,6 +272,10 @@ def test_words_that_cannot_be_are_refused(word: mx.Word, message: str) -> None:
             ),
             "not on the grid",
         ),
+        (
+            (mx.Case("a", "x", 1.0, query_map=mx.Volume(torch.zeros(2, 2, 2, 3), np.eye(4))),),
+            "query map of the case 'a' has 2 channels",
+        ),
     ],
 )
 def test_cases_that_cannot_be_are_refused(cases: tuple[mx.Case, ...], message: str) -> None:
@@ -283,7 +287,7 @@ def test_maps_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(mx.MedXAIError, match=r"\(K, D, H, W\)"):
         caption(maps=torch.zeros(2, 3, 4))
     for wrong in ({"query_map": torch.zeros(3, 4, 5)}, {"affine": None}):
-        with pytest.raises(mx.MedXAIError, match="Maps of the query"):
+        with pytest.raises(mx.MedXAIError, match="The map of the query"):
             similar(**wrong)
 
 

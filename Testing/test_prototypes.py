@@ -19,7 +19,7 @@ from torch import Tensor
 
 import MedXAILib as mx
 from MedXAILib.errors import MedXAIError
-from MedXAILib.grid import transform
+from MedXAILib.grid import resample, transform
 from MedXAILib.networks.prototypes import Origin, PrototypeLungNodule
 from MedXAILib.resources import path
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, synthesise
@@ -57,7 +57,7 @@ def small() -> mx.Model:
 
 
 def oblique_scan() -> mx.Volume:
-    data = torch.rand(1, 14, 40, 30, generator=torch.Generator().manual_seed(3))
+    data = torch.rand(1, 30, 80, 60, generator=torch.Generator().manual_seed(3))
     return mx.Volume(data, oblique_affine())
 
 
@@ -78,7 +78,7 @@ def metadata() -> dict[str, float]:
 def test_points_sum_to_the_score_on_an_oblique_scan() -> None:
     scan = oblique_scan()
     model = replace(small(), preprocessing=plain().preprocessing)
-    where = tuple(scan.to_point([7, 20, 15]))
+    where = tuple(scan.to_point([16, 37, 28]))
     with torch.no_grad():
         logits = model.network(model.prepare(scan, where).x[None])[0]
     for index, name in enumerate(CLASSES):
@@ -93,15 +93,16 @@ def test_points_sum_to_the_score_on_an_oblique_scan() -> None:
             assert case.role == "prototype" and case.label == name and case.similarity >= 0
             points = case.numbers["similarity"] * case.numbers["weight"]
             assert case.similarity == case.numbers["points"] == pytest.approx(points)
-            assert case.query_map is not None and case.query_map.shape == (1, *scan.shape)
             i = int(case.uid[-1])
             assert case.numbers["diameter_mm"] == 8.0 + i
             with torch.no_grad():
                 own = model.network.looked(model.network.cases()[i : i + 1]).masks[:, i : i + 1]
             assert torch.allclose(case.map, F.interpolate(own, size=(24, 24, 24), mode="trilinear")[0], atol=1e-6)
         assert told.query_map is not None
-        maps = torch.stack([case.query_map for case in told.cases])
-        assert torch.allclose(told.query_map, maps.sum(0), atol=1e-6)
+        # Each on a part of the scan's own grid, beyond which there is nothing.
+        assert all(c.query_map.data.numel() < 0.5 * scan.data.numel() for c in told.cases)
+        maps = [resample(c.query_map.data, c.query_map.affine, scan.shape, scan.affine) for c in told.cases]
+        assert torch.allclose(told.query_map, torch.stack(maps).sum(0), atol=1e-6)
     lead = mx.tell(model, scan, "prototypes", mx.ClassTarget("malignant", versus="benign"), region=where)
     assert sum(case.similarity for case in lead.cases) == pytest.approx(float(logits[2] - logits[1]), abs=1e-5)
     assert {case.label for case in lead.cases if case.similarity < 0} == {"benign"}
@@ -125,11 +126,12 @@ def test_the_map_is_where_the_prototype_looks() -> None:
     seen = model.prepare(scan, NODULE)
     expected = transform(seen.affine, 4 * np.array(unit) + 1.5)
     for case in told.cases:
-        values = case.query_map[0].double()
+        values = case.query_map.data[0].double()
         grid = torch.stack(torch.meshgrid(*map(torch.arange, values.shape), indexing="ij"), -1).double()
         centre = (values[..., None] * grid).sum((0, 1, 2)) / values.sum()
         # On a grid with slices of 5 mm, that of the scan.
-        assert np.linalg.norm(scan.to_point(centre.tolist()) - expected) < 1.5
+        assert np.linalg.norm(case.query_map.to_point(centre.tolist()) - expected) < 1.5
+        assert np.array_equal(case.query_map.affine[:3, :3], scan.affine[:3, :3])
         origin = ORIGINS[int(case.uid[-1])]
         assert case.volume.affine.tolist() == [
             [1.25, 0, 0, origin.corner[0]],
@@ -149,7 +151,8 @@ def test_it_can_be_kept_and_read_again(tmp_path: Path) -> None:
     for one, other in zip(told.cases, again.cases, strict=True):
         assert (one.uid, one.role, one.numbers) == (other.uid, other.role, other.numbers)
         assert torch.equal(one.volume.data, other.volume.data) and torch.equal(one.map, other.map)
-        assert torch.allclose(one.query_map, other.query_map)
+        assert torch.equal(one.query_map.data, other.query_map.data)
+        assert np.allclose(one.query_map.affine, other.query_map.affine)
 
 
 def cube() -> mx.Volume:

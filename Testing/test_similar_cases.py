@@ -24,8 +24,9 @@ from MedXAILib.cases.nearest import Usual, by_strongest, usual
 from MedXAILib.cases.record import SCAN, Record
 from MedXAILib.cases.shown import part
 from MedXAILib.cases.spaces import SPACES, Plain, Saliency, contributions, fingerprint, said
-from MedXAILib.grid import corners, transform
+from MedXAILib.grid import corners, shifted, transform
 from MedXAILib.model import Prepared
+from MedXAILib.report.montage import Look
 from MedXAILib.report.residuals import residual
 from MedXAILib.resources import path
 from MedXAILib.trust import telling
@@ -135,6 +136,17 @@ def ask(made: mx.Model, library: Library | str, volume: mx.Volume, **parameters:
     return found
 
 
+def on_scan(case: mx.Case, volume: mx.Volume) -> Tensor:
+    """The part of the scan's grid that is kept, voxel by voxel where it belongs: (1, D, H, W)."""
+    assert case.query_map is not None
+    own, whole = case.query_map, torch.zeros(1, *volume.shape)
+    np.testing.assert_allclose(own.affine[:3, :3], volume.affine[:3, :3], atol=1e-9)
+    d, h, w = volume.to_index(own.to_point((0, 0, 0))).round().astype(int)
+    box = tuple(slice(int(i), int(i) + n) for i, n in zip((d, h, w), own.shape, strict=True))
+    whole[(slice(None), *box)] = own.data
+    return whole
+
+
 def uids(found: mx.SimilarCases, role: str) -> list[str]:
     return [case.uid for case in found.cases if case.role == role]
 
@@ -162,11 +174,11 @@ def test_maps_sum_to_the_similarity_at_the_place_it_comes_from(made: mx.Model, t
     volume = scan(4, 1.6, 0, place=here)
     found = ask(made, stored(tmp_path, made), volume)
     assert found.residual["sum of map"] <= 1e-5
-    assert found.query_map is not None and torch.equal(found.query_map, found.cases[0].query_map)  # type: ignore[arg-type]
+    assert found.query_map is not None and torch.equal(found.query_map, on_scan(found.cases[0], volume))
     for case in found.cases:
         there = PLACES[list(CASES).index(case.uid) % len(PLACES)]
         assert case.map is not None and case.query_map is not None and case.volume is not None
-        for values, place in ((case.query_map, here), (case.map, there)):
+        for values, place in ((on_scan(case, volume), here), (case.map, there)):
             block = tuple(slice(2 * i, 2 * i + 2) for i in place)
             # A unit of the grid spreads over its own voxels and half of those beside them.
             assert float(values[0].max()) == pytest.approx(float(values[0][block].max()))
@@ -354,7 +366,23 @@ def test_saved_and_loaded_it_is_the_same(made: mx.Model, tmp_path: Path) -> None
     assert isinstance(loaded, mx.SimilarCases)
     for one, other in zip(loaded.cases, found.cases, strict=True):
         assert (one.uid, one.note, one.role, one.numbers) == (other.uid, other.note, other.role, other.numbers)
-        assert torch.equal(one.map, other.map) and torch.equal(one.query_map, other.query_map)  # type: ignore[arg-type]
+        assert torch.equal(one.map, other.map)  # type: ignore[arg-type]
+        assert one.query_map is not None and other.query_map is not None
+        assert torch.equal(one.query_map.data, other.query_map.data)
+        np.testing.assert_allclose(one.query_map.affine, other.query_map.affine, atol=1e-9)
+
+
+def test_a_part_of_a_map_is_drawn_where_it_is_in_the_whole(oblique: mx.Volume) -> None:
+    whole, box = torch.zeros_like(oblique.data), (slice(4, 12), slice(9, 20), slice(8, 19))
+    # Drawn between voxels: the outermost are zero.
+    inner = (0, *(slice(side.start + 1, side.stop - 1) for side in box))
+    whole[inner] = torch.rand(6, 9, 9, generator=torch.Generator().manual_seed(0))
+    focus = oblique.to_point((8, 14, 13)).tolist()
+    look = Look.at(oblique, focus, 40.0)
+    own = mx.Volume(whole[(slice(None), *box)], shifted(oblique.affine, np.array([4, 9, 8])))
+    drawn, expected, bare = (np.array(look.draw(oblique, focus, heat)) for heat in (own, whole, None))
+    np.testing.assert_array_equal(drawn, expected)
+    assert (expected != bare).mean() > 0.02
 
 
 def test_the_part_that_is_shown_is_that_part_of_the_scan(oblique: mx.Volume) -> None:
@@ -467,9 +495,8 @@ def test_embedding_network_says_where_and_needs_no_target(tmp_path: Path) -> Non
         assert case.similarity == pytest.approx(cosine(asked, CASES[case.uid][0]), abs=1e-6)
         assert case.query_map is not None and case.map is not None
         block = tuple(slice(2 * i, 2 * i + 2) for i in PLACES[3])
-        assert (
-            float(case.query_map[0][block].max()) == pytest.approx(float(case.query_map.max())) and case.map.max() > 0
-        )
+        values = on_scan(case, scan(*asked))
+        assert float(values[0][block].max()) == pytest.approx(float(values.max())) and case.map.max() > 0
     assert found.residual["sum of map"] <= 1e-5
     with pytest.raises(mx.MedXAIError, match="use 'plain'"):
         ask(made, library, scan(*asked), space="saliency")
@@ -513,6 +540,7 @@ def test_shipped_network_on_oblique_scans(tmp_path: Path) -> None:
         library.add([Record(str(i), str(i), "", answers[i], vectors, volume=f"{i}.nrrd", region=regions[i])])
     found = ask(made, library, scans[0], region=regions[0])
     assert len(found.cases) >= 3 and found.residual["sum of map"] <= 1e-5
+    assert found.query_map is not None and torch.equal(found.query_map, on_scan(found.cases[0], scans[0]))
     unit = 5.0**3
     for case in found.cases:
         i = int(case.uid)
@@ -520,7 +548,7 @@ def test_shipped_network_on_oblique_scans(tmp_path: Path) -> None:
             float(torch.cosine_similarity(features[0], features[i], dim=0)), abs=1e-6
         )
         assert case.map is not None and case.query_map is not None and case.volume is not None
-        for values, affine in ((case.map, case.volume.affine), (case.query_map, scans[0].affine)):
+        for values, affine in ((case.map, case.volume.affine), (case.query_map.data, case.query_map.affine)):
             voxel = abs(np.linalg.det(affine[:3, :3]))
             assert float(values.sum()) * voxel / unit == pytest.approx(case.similarity, rel=0.03)
         centre = np.array(regions[i]) + (nodules.centres[i].numpy() - 19.5) * 1.25

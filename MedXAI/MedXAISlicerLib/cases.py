@@ -52,7 +52,7 @@ def addingCases(volumeNode, answer):
     for case in said["cases"]:
         indices = {"volume": None, "map": None, "query_map": query}
         if case["query_map"] is not None:
-            indices["query_map"] = _addQueryMap(tableNode, volumeNode, images[case["query_map"]][0], case["uid"])
+            indices["query_map"] = _addQueryMap(tableNode, volumeNode, *images[case["query_map"]], case["uid"])
         if case["volume"] is not None:
             caseNode = _addVolume(volumeNode, *images[case["volume"]], f"{case['label']} {case['uid']}")
             indices["volume"] = results.addPart(tableNode, "CaseVolume", caseNode)
@@ -191,15 +191,10 @@ def _addMap(tableNode, name, volumeNode, array, title):
     return index
 
 
-def _addQueryMap(tableNode, volumeNode, array, uid):
-    """Add where in the scan the likeness to one case lies, in a box about it: as many maps of whole scans would fill
-    the memory. Returns its index among the maps."""
-    where = np.argwhere(array)
-    low, high = (where.min(0), where.max(0) + 1) if len(where) else (np.zeros(3, int), np.ones(3, int))
-    box = array[tuple(map(slice, low, high))]
-    index = _addMap(tableNode, "Map", volumeNode, box, f"{volumeNode.GetName()} likeness to {uid}")
-    corner = geometry.ijkToRas(volumeNode) @ (*low[::-1], 1)
-    results.parts(tableNode, "Map")[index].SetOrigin(corner[:3])
+def _addQueryMap(tableNode, volumeNode, array, affine, uid):
+    """Add where in the scan the likeness to one case lies, a part of its grid. Returns its index among the maps."""
+    index = _addMap(tableNode, "Map", volumeNode, array, f"{volumeNode.GetName()} likeness to {uid}")
+    results.parts(tableNode, "Map")[index].SetOrigin(affine[:3, 3])
     return index
 
 

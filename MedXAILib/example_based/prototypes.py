@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explainer import Question, Taxonomy, Teller
 from MedXAILib.explanation import Explanation
-from MedXAILib.grid import resample, transform
+from MedXAILib.grid import pasted, resample_part, shifted, transform
 from MedXAILib.networks.prototypes import Looked, Origin
 from MedXAILib.report.localisation import highest
 from MedXAILib.similar_cases import Case, SimilarCases
@@ -80,7 +80,8 @@ class PrototypeParts(Teller):
         weights = question.gradients(bound.value(network.class_head(given)), [given])[0][0]
         points = similarities * weights
         placed = _on(looked.masks * points.reshape(1, -1, 1, 1, 1), question.x.shape[2:])[0]
-        maps = resample(placed, question.seen[0].affine, volume.shape, volume.affine)
+        maps, where = resample_part(placed, question.seen[0].affine, volume.shape, volume.affine)
+        corner = shifted(volume.affine, np.array([side.start for side in where]))
         own = _on(there.masks, network.cases().shape[2:])
         names = question.model.class_names
         cases = [
@@ -89,7 +90,7 @@ class PrototypeParts(Teller):
                 i,
                 names,
                 own[i, i],
-                maps[i : i + 1],
+                Volume(maps[i : i + 1], corner),
                 {"similarity": float(similarities[i]), "weight": float(weights[i]), "points": float(points[i])},
             )
             for i in points.abs().argsort(descending=True).tolist()
@@ -101,7 +102,7 @@ class PrototypeParts(Teller):
             SimilarCases,
             residual={"sum of points": missed},
             cases=tuple(cases),
-            query_map=maps.sum(0, keepdim=True),
+            query_map=pasted(maps.sum(0, keepdim=True), where, volume.shape),
             affine=volume.affine,
             scored="points",
             text=_text(bound.label, float(value), cases),
@@ -130,7 +131,7 @@ def _on(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _case(
-    network: HasPrototypes, i: int, names: Sequence[str], mask: Tensor, query_map: Tensor, numbers: Mapping[str, float]
+    network: HasPrototypes, i: int, names: Sequence[str], mask: Tensor, query_map: Volume, numbers: Mapping[str, float]
 ) -> Case:
     origin = network.origins[i]
     low, high = network.intensities

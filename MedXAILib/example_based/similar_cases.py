@@ -28,7 +28,7 @@ from MedXAILib.errors import MedXAIError
 from MedXAILib.example_based.library_method import LibraryMethod, shown_among_others
 from MedXAILib.explainer import Folder, Names, Question, Taxonomy
 from MedXAILib.explanation import Explanation
-from MedXAILib.grid import resample
+from MedXAILib.grid import pasted, resample, resample_part, shifted
 from MedXAILib.model import Prepared
 from MedXAILib.report.localisation import highest
 from MedXAILib.similar_cases import Case, Role, SimilarCases
@@ -107,7 +107,7 @@ class SimilarCaseSearch(LibraryMethod):
                 f"No case of the library is near this scan: its nearest is less similar ({nearest.best:.3f}) than "
                 f"those of {1 - FAR:.0%} of the cases are to theirs ({least:.3f} or more)."
             )
-        cases, missed = [], [0.0]
+        cases, missed, shown = [], [0.0], None
         for i, (role, hit) in enumerate(found):
             run.step(i, len(found), self.title)
             percentile = nearest.usual.percentile(hit.similarity)
@@ -116,10 +116,13 @@ class SimilarCaseSearch(LibraryMethod):
                 alike = here.alike(torch.tensor(hit.record.vectors[space.name])[None])
                 case, miss = self._with_scan(case, hit, question, library, here)
                 missed += [miss, _missed(alike, hit.similarity)]
-                if len(volume.shape) == 3:
-                    case = replace(case, query_map=_on(here, alike, question.seen[0], volume))
+                if len(volume.shape) == 3 and here.mapped:
+                    values = here.placed(alike)[0].float()
+                    box, where = resample_part(values, question.seen[0].affine, volume.shape, volume.affine)
+                    corner = shifted(volume.affine, np.array([side.start for side in where]))
+                    case = replace(case, query_map=Volume(box, corner))
+                    shown = pasted(box, where, volume.shape) if shown is None else shown
             cases.append(case)
-        shown = cases[0].query_map
         return partial(
             SimilarCases,
             residual={"sum of map": max(missed)} if self.maps else {},

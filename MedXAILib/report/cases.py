@@ -8,7 +8,6 @@ from itertools import groupby
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from MedXAILib.explanation import map_of
 from MedXAILib.grid import corners, middle, transform
@@ -55,8 +54,8 @@ def of_cases(volume: Volume, told: SimilarCases) -> Sheet:
 
 
 def _card(volume: Volume, told: SimilarCases, case: Case, focus: Sequence[float], look: Look) -> str:
-    seen = told.query_map if case.query_map is None else case.query_map
-    shown = [look.draw(volume, _through(focus, _peak(volume, seen)), seen)]
+    seen = told.whole_map if case.query_map is None else case.query_map
+    shown = [look.draw(volume, _through(focus, _peak(seen)), seen)]
     if case.volume is not None:
         centre = middle(case.volume.shape, case.volume.affine).tolist()
         shown.append(look.draw(case.volume, _through(centre, case.place), case.map))
@@ -90,8 +89,8 @@ def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:
     return list(focus), max(float(field), _SMALLEST_FIELD_MM)
 
 
-def _peak(volume: Volume, values: Tensor | None) -> Sequence[float] | None:
-    return None if values is None or not bool(values.max() > 0) else volume.to_point(highest(values[0])).tolist()
+def _peak(seen: Volume | None) -> Sequence[float] | None:
+    return seen.to_point(highest(seen.data[0])).tolist() if seen is not None and bool(seen.data.max() > 0) else None
 
 
 def _through(centre: Sequence[float], place: Sequence[float] | None) -> Sequence[float]:

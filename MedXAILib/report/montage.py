@@ -187,15 +187,15 @@ class Look:
         plane = view.sample(Volume(volume.data[:1], volume.affine).to_sitk(), np.nan)
         return cls(field, _window(volume.data[0].numpy(), plane), size)
 
-    def draw(self, volume: Volume, focus: Sequence[float], heat: Tensor | None = None) -> Image.Image:
-        """The axial plane of `volume` (its first channel) through `focus` (RAS mm), and over it a map (1, D, H, W) on
-        the same grid."""
+    def draw(self, volume: Volume, focus: Sequence[float], heat: Tensor | Volume | None = None) -> Image.Image:
+        """The axial plane of `volume` (its first channel) through `focus` (RAS mm), and over it a map: (1, D, H, W) on
+        the same grid, or one in its own place."""
         view = _plane(volume, np.array(focus), self.field, self.size)
         scan = Volume(volume.data[:1], volume.affine)
         pixels = _grey(view.sample(scan.to_sitk(), np.nan), *self.window)
         if heat is not None:
-            values = view.sample(Volume(heat, volume.affine).to_sitk(), 0.0)
-            pixels = _overlay(pixels, values, _largest(heat), bool(heat.min() < 0))
+            seen = heat if isinstance(heat, Volume) else Volume(heat, volume.affine)
+            pixels = _overlay(pixels, view.sample(seen.to_sitk(), 0.0), _largest(seen.data), bool(seen.data.min() < 0))
         return Image.fromarray(pixels)
 
 
