@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ app = typer.Typer(
 )
 
 _Folder = Annotated[Path, typer.Argument(help="The folder of the plan and its results.", show_default=False)]
+
+
+class Into(str, Enum):
+    """What explanations are written as for other programs."""
+
+    bids = "bids"
+    csv = "csv"
 
 
 @app.command()
@@ -154,6 +162,71 @@ def slurm(
 
 
 @app.command()
+def export(
+    folder: _Folder,
+    to: Annotated[
+        Into,
+        typer.Option("--to", help="A BIDS derivative data set, or one long table of what is said."),
+    ] = Into.bids,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder, or CSV file. \\[default: medxai-bids, medxai.csv]", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write what was explained for other programs: maps, hot spots and tables of every case."""
+    from MedXAILib.cli import _live
+    from MedXAILib.cohort.state import results
+
+    with _live() as live:
+        found = results(folder, live)
+        if to is Into.bids:
+            from MedXAILib.export.bids import write_bids
+
+            typer.echo(f"Written to {write_bids(found, out or Path('medxai-bids'))}")
+        else:
+            from MedXAILib.export.rows import write_table
+
+            out = out or Path("medxai.csv")
+            count = write_table(out, ((subject.uid, one) for subject, one in found))
+            typer.echo(f"Written to {out}: {count} rows")
+
+
+@app.command()
+def register(
+    folder: _Folder,
+    template: Annotated[Path, typer.Option("--template", help="The scan to which the others are brought.")],
+    kind: Annotated[str, typer.Option("--kind", help="rigid, affine or deformable.")] = "affine",
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Where in the template they should fit.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what was refused or failed.")] = False,
+) -> None:
+    """Register the scans that have no transform to a template, for reduce. It may be interrupted at any time.
+
+    What does not fit is refused, with the reason, and left out of what is put together. Ends with 3 if anything failed.
+    """
+    from MedXAILib.cli import _live
+    from MedXAILib.cohort.registration import register as registered
+    from MedXAILib.cohort.registration import troubles
+    from MedXAILib.plain_text import visible
+
+    with _live() as live:
+        said = registered(folder, template, kind, mask, workers, scheduler, retry, live)
+    typer.echo(", ".join(f"{count} {status}" for status, count in said.items()) or "Everything was done already.")
+    for one in troubles(folder):
+        typer.echo(visible(f"{one['case']}: {one['status']}: {one['reason']}"))
+    if said["failed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
 def reduce(
     folder: _Folder,
     template: Annotated[Path | None, typer.Option("--template", help="The scan on whose grid maps are laid.")] = None,
@@ -192,3 +265,19 @@ def reduce(
                 reduction.write(overall, subjects, by or [], out)
             WriteImage(onto.to_sitk(), str(out / "template.nrrd"), useCompression=True)
     typer.echo(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+@app.command()
+def report(
+    folder: _Folder,
+    result: Annotated[Path, typer.Argument(help="The folder that reduce wrote.", show_default=False)],
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also write the page as a PDF.")] = False,
+) -> None:
+    """Write what was done and found as a page into the folder RESULT."""
+    from MedXAILib.report.cohort import write_page
+
+    typer.echo(f"Look at {write_page(folder, result)}")
+    if pdf:
+        from MedXAILib.report.pdf import print_page
+
+        typer.echo(f"Printed to {print_page(result)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,12 +17,14 @@ import SimpleITK as sitk
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.volume import Volume
 
-Kind = Literal["rigid", "affine", "deformable"]
+KINDS = ("rigid", "affine", "deformable")
 _Linear = sitk.Euler3DTransform | sitk.AffineTransform
 
-# Voxels of the template on its grids, coarse to fine, and of how many of them the finer ones take samples.
+# Voxels of the template on its grids, coarse to fine, of how many of them the finer ones take samples, and how often
+# they improve a linear transform.
 _GRIDS, _SAMPLES = (3e4, 2e5, 1e6), 5e4
-_BINS, _ITERATIONS = 32, 200
+_ITERATIONS = (100, 20, 20)
+_BINS = 32
 # Cells of the B-splines along each axis, and points along each at which they are judged.
 _CELLS, _JUDGED = 8, 24
 
@@ -58,7 +59,7 @@ class Fit:
     reason: str
 
 
-def fit(scan: Volume, template: Volume, kind: Kind = "affine", mask: Volume | None = None, seed: int = 0) -> Fit:
+def fit(scan: Volume, template: Volume, kind: str = "affine", mask: Volume | None = None, seed: int = 0) -> Fit:
     """Register `scan` to `template`; the same on every call with the same `seed`.
 
     Args:
@@ -68,10 +69,10 @@ def fit(scan: Volume, template: Volume, kind: Kind = "affine", mask: Volume | No
     Raises:
         MedXAIError: for scans that are constant, not finite or flat.
     """
-    if kind not in get_args(Kind):
-        raise unknown("kind of registration", kind, get_args(Kind))
+    if kind not in KINDS:
+        raise unknown("kind of registration", kind, KINDS)
     fixed, moving, inside = _image(template), _image(scan), None if mask is None else _image(mask)
-    coarse, *finer = (_level(fixed, moving, inside, voxels, seed) for voxels in _GRIDS)
+    coarse, *finer = (_level(fixed, moving, inside, *of, seed) for of in zip(_GRIDS, _ITERATIONS, strict=True))
     linear = max((coarse.improved(start) for start in coarse.starts()), key=coarse.rank)
     if kind != "rigid":
         linear = coarse.improved(_affine(linear))
@@ -125,6 +126,7 @@ class _Level:
     moving: sitk.Image
     inside: sitk.Image | None
     step: float
+    iterations: int
     seed: int
 
     @property
@@ -144,7 +146,7 @@ class _Level:
     def improved(self, start: _Linear) -> _Linear:
         """The linear transform of the same kind to which `start` leads, itself if that is nowhere."""
         method, found = self._method(), type(start)(start)
-        method.SetOptimizerAsGradientDescent(1.0, _ITERATIONS, 1e-6, 10, method.Once)
+        method.SetOptimizerAsGradientDescentLineSearch(1.0, self.iterations, 1e-6, 10)
         method.SetOptimizerScalesFromPhysicalShift()
         method.SetInitialTransform(found, inPlace=True)
         try:
@@ -158,7 +160,7 @@ class _Level:
         """B-splines between the template and the linear transform `before`, on two grids."""
         method = self._method()
         splines = sitk.BSplineTransformInitializer(self.fixed, [_CELLS // 2] * 3)
-        method.SetOptimizerAsLBFGSB(1e-5, _ITERATIONS, 5, 2 * _ITERATIONS)
+        method.SetOptimizerAsLBFGSB(1e-5, 50, 5, 100)
         method.SetMovingInitialTransform(before)
         method.SetInitialTransformAsBSpline(splines, inPlace=True, scaleFactors=[1, 2])
         method.SetShrinkFactorsPerLevel([2, 1])
@@ -208,13 +210,15 @@ class _Level:
         return method
 
 
-def _level(fixed: sitk.Image, moving: sitk.Image, inside: sitk.Image | None, voxels: float, seed: int) -> _Level:
+def _level(
+    fixed: sitk.Image, moving: sitk.Image, inside: sitk.Image | None, voxels: float, iterations: int, seed: int
+) -> _Level:
     step = _extent(fixed) / voxels ** (1 / 3)
     coarse = _coarser(fixed, step)
     if inside is not None:
         identity = sitk.Transform(3, sitk.sitkIdentity)
         inside = sitk.Resample(inside, coarse, identity, sitk.sitkNearestNeighbor, 0.0, sitk.sitkUInt8)
-    return _Level(coarse, _coarser(moving, step), inside, step, seed)
+    return _Level(coarse, _coarser(moving, step), inside, step, iterations, seed)
 
 
 def _image(volume: Volume) -> sitk.Image:

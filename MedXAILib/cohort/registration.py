@@ -14,12 +14,12 @@ from typing import Any
 import SimpleITK as sitk
 
 from MedXAILib.cohort.engine import carry_out, given_up
-from MedXAILib.cohort.fit import Kind, fit
+from MedXAILib.cohort.fit import KINDS, fit
 from MedXAILib.cohort.plan import Subject, Unit, read_plan
 from MedXAILib.cohort.state import outdated
-from MedXAILib.cohort.work import Status, receipt, replaced, scan_of, stamp, write_receipt
+from MedXAILib.cohort.work import RECEIPTS, Status, receipt, replaced, scan_of, stamp, write_receipt
 from MedXAILib.durable import write_durably
-from MedXAILib.errors import MedXAIError
+from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.run import Run
 from MedXAILib.volume import Volume, load_volume
 
@@ -37,7 +37,7 @@ class Registering:
     template: str
     mask: str | None
     fingerprints: tuple[str, ...]
-    kind: Kind
+    kind: str
 
     @property
     def place(self) -> Path:
@@ -86,10 +86,11 @@ class Registering:
 def register(
     folder: str | Path,
     template: str | Path,
-    kind: Kind = "affine",
+    kind: str = "affine",
     mask: str | Path | None = None,
     workers: int = 0,
     scheduler: str | None = None,
+    retry: bool = False,
     run: Run | None = None,
 ) -> Counter[str]:
     """Register the scan of each case in `folder` that has no `transform` to the scan `template`; returns how many were
@@ -98,15 +99,20 @@ def register(
     Args:
         kind, mask: as for `fit`; the mask is a file.
         workers, scheduler, run: as for `compute`.
+        retry: whether what was refused or failed is tried again.
 
     Raises:
-        MedXAIError: when there is no plan, or a file that cannot be read.
+        MedXAIError: for another kind, and when there is no plan, or a file that cannot be read.
     """
+    if kind not in KINDS:
+        raise unknown("kind of registration", kind, KINDS)
     files = [str(Path(path).resolve()) for path in (template, mask) if path is not None]
     prints = tuple(load_volume(file).fingerprint for file in files)
     task = Registering(str(Path(folder).resolve()), files[0], files[1] if mask is not None else None, prints, kind)
     outdated(task.place, list(task.units().values()))
     write_durably(task.place / _ASKED, json.dumps({"format": 1, **asdict(task)}, indent=1, ensure_ascii=False))
+    for one in troubles(folder) if retry else []:
+        (task.place / RECEIPTS / f"{one['unit']}.json").unlink(missing_ok=True)
     keys = [key for key in task.units() if receipt(task.place, key) is None]
     return carry_out(task, keys, "Registering the cohort", workers, scheduler, run=run)
 
@@ -152,6 +158,13 @@ def registered(folder: str | Path, template: Volume) -> tuple[dict[str, str], di
         else:
             refused[subject.uid] = known["reason"]
     return done, refused
+
+
+def troubles(folder: str | Path) -> list[dict[str, Any]]:
+    """The receipts of the cases in `folder` that could not be registered when that was asked for last."""
+    task = registering(folder)
+    known = [] if task is None else [receipt(task.place, key) for key in task.units()]
+    return [one for one in known if one is not None and one["status"] != "done"]
 
 
 def _unit(task: Registering, subject: Subject) -> Unit:
