@@ -25,7 +25,8 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     class."""
     if cohort.embedding is None:
         raise MedXAIError(cohort.bare)
-    alike = space("plain").similarity(cohort.embedding, cohort.embedding)
+    vectors = cohort.embedding.astype(np.float64)
+    alike = space("plain").similarity(vectors, vectors)
     np.fill_diagonal(alike, -np.inf)
     nearest = np.zeros_like(alike)
     np.put_along_axis(nearest, np.argsort(-alike, axis=1, kind="stable")[:, :NEAREST], 1.0, 1)

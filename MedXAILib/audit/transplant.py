@@ -19,7 +19,7 @@ TITLE = "Does the background of another site change the answer?"
 # In standard deviations of the evidence.
 _LEAST = 0.2
 
-# Cases that get every background, and the voxels over which it is blended in on each side.
+# Cases that get every background, and half the voxels over which it is blended in around the anatomy.
 _RECIPIENTS, _BLEND = 6, 2
 
 # A forward takes up to so many times its input.
