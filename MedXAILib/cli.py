@@ -102,6 +102,14 @@ class Format(str, Enum):
     nifti = "nii.gz"
 
 
+class Into(str, Enum):
+    """What an explanation is written as for other programs."""
+
+    dicom = "dicom"
+    bids = "bids"
+    csv = "csv"
+
+
 def _numbers(text: str) -> Any:
     """A point X,Y,Z, or the two corners of a box, as the library takes them (two numbers a point for plain images)."""
     try:
@@ -366,18 +374,50 @@ def evaluate(
 def export(
     explanation: Annotated[Path, typer.Argument(help="The folder of an explanation.", show_default=False)],
     series: Annotated[
-        Path, typer.Argument(help="The folder of the DICOM series that was explained.", show_default=False)
-    ],
-    out: _Out = Path("medxai-dicom"),
+        Path | None,
+        typer.Argument(help="The folder of the DICOM series that was explained, for DICOM.", show_default=False),
+    ] = None,
+    to: Annotated[
+        Into,
+        typer.Option("--to", help="DICOM objects, a BIDS derivative data set, or a table of what is said."),
+    ] = Into.dicom,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder, or CSV file. A former result there is replaced. "
+            "\\[default: medxai-dicom, medxai-bids, medxai.csv]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write an explanation as DICOM: Parametric Maps, Segmentations of hot spots, and a Structured Report."""
-    with _busy("Writing DICOM objects"):
+    """Write an explanation for other programs: DICOM, BIDS or CSV."""
+    if (series is None) is (to is Into.dicom):
+        raise typer.BadParameter("DICOM objects need the folder of the series that was explained; others need none")
+    with _busy("Writing"):
         from MedXAILib.explanation import load_explanation
-        from MedXAILib.export.dicom import write_dicom
-        from MedXAILib.trust.card import load_card
 
-        written = write_dicom(load_explanation(explanation), series, out, load_card(explanation))
-    typer.echo(f"Written to {visible(str(out))}: {', '.join(file.name for file in written)}")
+        found = load_explanation(explanation)
+        source = str(found.provenance.volume.get("source") or "scan")
+        case = Path(source).name.partition(".")[0]
+        out = out or Path("medxai.csv" if to is Into.csv else f"medxai-{to.value}")
+        if series is not None:
+            from MedXAILib.export.dicom import write_dicom
+            from MedXAILib.trust.card import load_card
+
+            names = ": " + ", ".join(file.name for file in write_dicom(found, series, out, load_card(explanation)))
+        elif to is Into.bids:
+            from MedXAILib.cohort.plan import Subject
+            from MedXAILib.export.bids import write_bids
+
+            write_bids([(Subject(case, (source,)), found)], out)
+            names = ""
+        else:
+            from MedXAILib.export.rows import write_table
+
+            names = f": {write_table(out, [(case, found)])} rows"
+    typer.echo(f"Written to {visible(str(out))}{names}")
 
 
 @app.command()

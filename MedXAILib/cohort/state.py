@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MedXAILib.cohort.plan import Unit, read_plan
+from MedXAILib.cohort.plan import Subject, Unit, read_plan
 from MedXAILib.cohort.work import RECEIPTS, RESULTS, digest, receipt, replaced, stamp
 from MedXAILib.durable import write_durably
+from MedXAILib.errors import MedXAIError
+from MedXAILib.explanation import Explanation, load_explanation
 from MedXAILib.run import Run
 
 
@@ -72,6 +74,22 @@ def outdated(folder: Path, units: Sequence[Unit]) -> list[str]:
             # The same scan, written again: it need not be read the next time.
             write_durably(path, json.dumps(known | {"scan": now}, indent=1, ensure_ascii=False))
     return wrong
+
+
+def results(folder: str | Path, run: Run | None = None) -> Iterator[tuple[Subject, Explanation]]:
+    """What was explained, in the order of the plan, each with its case.
+
+    Raises:
+        MedXAIError: when nothing was, or a result is damaged.
+    """
+    folder, run = Path(folder), run or Run()
+    units = list(read_plan(folder).units())
+    done = [unit for unit in units if (receipt(folder, unit.key) or {}).get("status") == "done"]
+    if not done:
+        raise MedXAIError(f"'{folder}' holds no explanation yet: compute it first ('medxai cohort run').")
+    for i, unit in enumerate(done):
+        run.step(i, len(done), "Writing")
+        yield unit.subject, load_explanation(folder / RESULTS / unit.key)
 
 
 def retry(folder: str | Path) -> int:

@@ -109,6 +109,17 @@ def merged(place: Path, pieces: Sequence[str]) -> Sums:
     return total
 
 
+def _transform(file: str | None) -> sitk.Transform:
+    if file is None:
+        return sitk.Transform(3, sitk.sitkIdentity)
+    try:
+        return sitk.ReadTransform(file)
+    except RuntimeError as error:
+        raise MedXAIError(
+            f"'{file}' cannot be read as a transform: give one that SimpleITK wrote (.tfm, .h5)."
+        ) from error
+
+
 def _write(place: Path, key: str) -> None:
     asked, grid = _asked(place)
     names = {int(label): name for label, name in asked["names"].items()}
@@ -119,9 +130,7 @@ def _write(place: Path, key: str) -> None:
     for one in asked["pieces"][key]:
         made = load_explanation(one["map"])
         assert isinstance(made, SaliencyMap)
-        through = (
-            sitk.Transform(3, sitk.sitkIdentity) if one["transform"] is None else sitk.ReadTransform(one["transform"])
-        )
+        through = _transform(one["transform"])
         where, values = _laid(made, grid, through)
         mass = float(values.sum())
         if not mass > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def algorithm(made: Provenance) -> AlgorithmIdentificationSequence:
     from pydicom.sr.codedict import codes
 
     asked = {"network": made.model.get("name"), "fingerprint": made.model.get("fingerprint"), "seed": made.seed}
-    parameters = {name: json.dumps(_placeless(value)) for name, value in {**made.parameters, **asked}.items()}
+    parameters = {name: json.dumps(placeless(value)) for name, value in {**made.parameters, **asked}.items()}
     return AlgorithmIdentificationSequence(
         name=long_string(made.title or made.method),
         family=codes.DCM.ArtificialIntelligence,
@@ -63,8 +64,13 @@ def without_folders(text: str) -> str:
     return re.sub(r"'(?:/|[A-Za-z]:[\\/]|\\\\)[^']*[\\/]([^'\\/]+)'", r"'\1'", text)
 
 
-def _placeless(value: Any) -> Any:
-    """A path without its folders: they name people and machines, and objects are sent around."""
+def placeless(value: Any) -> Any:
+    """Paths without their folders, in lists and mappings, too: they name people and machines, and objects are sent
+    around."""
+    if isinstance(value, Mapping):
+        return {name: placeless(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [placeless(one) for one in value]
     kinds = (PurePosixPath, PureWindowsPath)
     return next((kind(value).name for kind in kinds if isinstance(value, str) and kind(value).is_absolute()), value)
 
