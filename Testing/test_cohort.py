@@ -602,6 +602,16 @@ def test_a_case_is_laid_through_its_transform(table: Path, tmp_path: Path) -> No
     assert torch.allclose(overall.mean, expected / expected.sum(), atol=1e-6)
 
 
+def test_a_transform_that_cannot_be_read_is_named(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "bent.tfm").write_text("#Insight Transform File V1.0\n", encoding="utf-8")
+    one = replace(find_subjects(table)[3], transform=str(tmp_path / "bent.tfm"))
+    make_plan(str(MODEL), mx.load_model(MODEL).fingerprint, {"gradient": {}}, [one]).save(tmp_path)
+    compute(tmp_path)
+    (made,) = maps_of(tmp_path, "gradient").values()
+    with pytest.raises(mx.MedXAIError, match=r"bent\.tfm' cannot be read as a transform"):
+        list(reduce(tmp_path, mx.Volume(torch.zeros(1, *made.data.shape[1:]), made.affine)))
+
+
 def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_path: Path) -> None:
     def medxai(*args: object, code: int = 0) -> str:
         said = CliRunner().invoke(app, ["cohort", *map(str, args)])
