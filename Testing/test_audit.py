@@ -27,7 +27,7 @@ from MedXAILib.audit.cohort import Cohort, evidence_of, seen
 from MedXAILib.audit.gather import gather
 from MedXAILib.audit.groups import Groups
 from MedXAILib.cli import app
-from MedXAILib.cohort.plan import make_plan
+from MedXAILib.cohort.plan import make_plan, read_plan
 from MedXAILib.cohort.subjects import find_subjects
 from MedXAILib.cohort.work import RESULTS, write_receipt
 from MedXAILib.errors import Cancelled, MedXAIError
@@ -486,6 +486,23 @@ def test_a_cohort_comes_on_the_grid_that_the_network_sees(study: tuple[Path, mx.
         bright = x[0] > (3 + (label == "malignant")) / 2
         assert (mask & bright).sum() / (mask | bright).sum() > 0.8
         assert heat[mask].sum() / heat[x[0] > -2].sum() > 0.8
+
+
+def test_another_network_and_another_scan_are_refused(study: tuple[Path, mx.Model], tmp_path: Path) -> None:
+    folder, asked = study
+    with pytest.raises(MedXAIError, match="not the network of the plan"):
+        gather(folder, model(0.1), ["site"])
+    with pytest.raises(MedXAIError, match="holds no map yet"):
+        read_plan(folder).save(tmp_path)
+        gather(tmp_path, asked, ["site"])
+    with pytest.raises(MedXAIError, match="did you mean hirescam"):
+        gather(folder, asked, ["site"], method="rescam")
+    scan = Path(read_plan(folder).subjects[0].volume[0])
+    kept = scan.read_bytes()
+    scan.write_bytes((scan.parent / "scan-1.nrrd").read_bytes())
+    with pytest.raises(MedXAIError, match="not the volume that was explained"):
+        gather(folder, asked, ["site"])
+    scan.write_bytes(kept)
 
 
 def test_the_command_writes_findings_tables_and_a_page(

@@ -17,7 +17,7 @@ from MedXAILib.run import Run
 TITLE = "Does the background of another site change the answer?"
 
 # In standard deviations of the evidence.
-_LEAST = 0.2
+_LEAST = 0.1
 
 # Cases that get every background, and half the voxels over which it is blended in around the anatomy.
 _RECIPIENTS, _BLEND = 6, 2
