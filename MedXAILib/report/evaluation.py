@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from MedXAILib.report.methods import title
 from MedXAILib.report.page import RESEARCH_ONLY, document
+from MedXAILib.report.plot import ABOVE, BELOW, NAMES, PLOT, ROW, STYLE, Axis, beside, figure, text
 from MedXAILib.trust.card import CHECKS
 from MedXAILib.trust.finding import COLOURS
 
@@ -98,9 +99,6 @@ NUMBERS = {
 
 _BLIND = ("centre", "intensity", "random")
 
-# In pixels: the names, the plot and the numbers beside it; a row, and what is above and below the rows.
-_NAMES, _PLOT, _BESIDE, _ROW, _ABOVE, _BELOW = 250, 260, 130, 24, 20, 24
-
 
 def page(network: str, rows: Rows, results: Results) -> str:
     """The HTML page, UTF-8, of the `rows` and `results` of an evaluation of the model called `network`."""
@@ -117,7 +115,7 @@ def page(network: str, rows: Rows, results: Results) -> str:
         _left_out(results),
         _reading(),
     ]
-    return document(f"Methods compared: {network}", parts, _STYLE)
+    return document(f"Methods compared: {network}", parts, STYLE + _STYLE)
 
 
 def _count(number: int, what: str) -> str:
@@ -133,26 +131,21 @@ def _dots(number: Number, rows: Rows) -> str:
     """Methods on one axis, the best above: mean and 95 % confidence interval as dot and whisker."""
     shown = sorted((row for row in rows if number.name in row), key=lambda row: number.of(row)[0], reverse=number.more)
     reference, named = _reference(number, shown)
-    axis = _Axis.over(number, shown, reference)
-    if axis is None:
+    ends = _ends(number, shown, reference)
+    if not ends:
         return ""
-    bottom = _ABOVE + len(shown) * _ROW
-    drawn = [_tick(axis.at(value), bottom, f"{value:g}") for value in axis.ticks]
-    drawn.append(_text(_NAMES + _PLOT + 14, bottom + 16, "better →" if number.more else "← better", "faint"))
+    axis, bottom = Axis.over(ends, bool(number.unit)), ABOVE + len(shown) * ROW
+    drawn = axis.drawn(len(shown))
+    drawn.append(text(NAMES + PLOT + 14, bottom + 16, "better →" if number.more else "← better", "faint"))
     if reference is not None:
         x = axis.at(reference)
-        drawn.append(f'<path class=blind d="M{x:.1f} {_ABOVE - 4}V{bottom}"/>{_text(x, 11, named, "faint", "middle")}')
+        drawn.append(f'<path class=blind d="M{x:.1f} {ABOVE - 4}V{bottom}"/>{text(x, 11, named, "faint", "middle")}')
     for i, row in enumerate(shown):
-        (mean, half), y, said = number.of(row), _ABOVE + (i + 0.5) * _ROW, number.in_words(row)
-        whisker = ""
-        if math.isfinite(half):
-            low, high = axis.at(mean - half), axis.at(mean + half)
-            whisker = f'<path class=whisker d="M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"/>'
-        told = f"<title>{escape(title(row['method']))}: {escape(said)}, {_count(row['cases'], 'case')}</title>"
-        drawn.append(f'<g>{told}{whisker}<circle class=dot cx="{axis.at(mean):.1f}" cy="{y}" r="4.5"/></g>')
-        drawn.append(_text(_NAMES - 14, y + 4.5, title(row["method"]), anchor="end"))
-        drawn.append(_text(_NAMES + _PLOT + 14, y + 4.5, said))
-    return _figure(number.title, number.says, drawn, bottom + _BELOW)
+        (mean, half), said, name = number.of(row), number.in_words(row), title(row["method"])
+        known = (mean - half, mean + half) if math.isfinite(half) else None
+        drawn.append(axis.dot(i, mean, known, f"{name}: {said}, {_count(row['cases'], 'case')}"))
+        drawn.append(beside(i, name, said))
+    return figure(number.title, number.says, drawn, bottom + BELOW)
 
 
 def _reference(number: Number, rows: Rows) -> tuple[float | None, str]:
@@ -163,38 +156,14 @@ def _reference(number: Number, rows: Rows) -> tuple[float | None, str]:
     return (max(known), "knows nothing") if known else (number.blind, "by chance")
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """An axis from the first of `ticks` to the last."""
-
-    ticks: tuple[float, ...]
-    logarithmic: bool
-
-    @classmethod
-    def over(cls, number: Number, rows: Rows, reference: float | None) -> _Axis | None:
-        """One that holds the intervals of `number` in all `rows` and the `reference`; None where there is nothing."""
-        known = [(mean, half if math.isfinite(half) else 0.0) for mean, half in map(number.of, rows)]
-        ends = [end for mean, half in known for end in (mean - half, mean, min(mean + half, number.most))]
-        if number.unit:
-            ends = [math.log10(end) for end in ends if end > number.least]
-            ends += [math.log10(number.least)] if ends and number.least else []
-        elif ends:
-            ends += [0.0, 1.0, *([] if reference is None else [reference])]
-        if not ends:
-            return None
-        rough = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1.0) / 3))
-        step = next(rough * times for times in (1, 2, 5, 10) if max(ends) - min(ends) <= 5 * rough * times)
-        step = max(1.0, step) if number.unit else step
-        first, last = math.floor(min(ends) / step + 1e-9), math.ceil(max(ends) / step - 1e-9)
-        marks = [i * step for i in range(first, max(last, first + 1) + 1)]
-        return cls(tuple(10.0**mark if number.unit else mark for mark in marks), bool(number.unit))
-
-    def at(self, value: float) -> float:
-        """Where a value is drawn, in pixels; beyond an end, at it."""
-        low, high = self.ticks[0], self.ticks[-1]
-        value = min(max(value, low), high)
-        share = math.log(value / low, high / low) if self.logarithmic else (value - low) / (high - low)
-        return _NAMES + share * _PLOT
+def _ends(number: Number, rows: Rows, reference: float | None) -> list[float]:
+    """What an axis must hold: the intervals of `number` in all `rows` and the `reference`; nothing for nothing."""
+    known = [(mean, half if math.isfinite(half) else 0.0) for mean, half in map(number.of, rows)]
+    ends = [end for mean, half in known for end in (mean - half, mean, min(mean + half, number.most))]
+    if number.unit:
+        ends = [end for end in ends if end > number.least]
+        return ends + ([number.least] if ends and number.least else [])
+    return ends and [*ends, 0.0, 1.0, *([] if reference is None else [reference])]
 
 
 def _lights(results: Results) -> Iterator[str]:
@@ -208,27 +177,27 @@ def _lights(results: Results) -> Iterator[str]:
         if any(light for count in by_method.values() for light in count):
             most = max(count.total() for count in by_method.values())
             named = CHECKS[check].title if check in CHECKS else check
-            yield _figure(named, check.capitalize(), list(_bars(by_method, most)), len(by_method) * _ROW + 4)
+            yield figure(named, check.capitalize(), list(_bars(by_method, most)), len(by_method) * ROW + 4)
 
 
 def _bars(by_method: Mapping[str, Counter[str | None]], most: int) -> Iterator[str]:
     lights = tuple(COLOURS)
     shown = sorted(by_method.items(), key=lambda item: [-item[1][light] / item[1].total() for light in lights])
     for i, (method, count) in enumerate(shown):
-        x, y = float(_NAMES), i * _ROW + 2
-        yield _text(_NAMES - 14, y + _ROW / 2 + 2.5, title(method), anchor="end")
-        yield f'<rect class=track x="{x}" y="{y}" width="{_PLOT}" height="{_ROW - 4}"/>'
+        x, y = float(NAMES), i * ROW + 2
+        yield text(NAMES - 14, y + ROW / 2 + 2.5, title(method), anchor="end")
+        yield f'<rect class=track x="{x}" y="{y}" width="{PLOT}" height="{ROW - 4}"/>'
         for light in lights:
             if count[light]:
                 word, colour = COLOURS[light]
-                width = _PLOT * count[light] / most
+                width = PLOT * count[light] / most
                 told = f"<title>{escape(title(method))}: {count[light]} {word}</title>"
-                bar = f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_ROW - 4}" fill="{colour}"/>'
+                bar = f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}" fill="{colour}"/>'
                 yield f"<g>{told}{bar}</g>"
                 if width > 9 * len(str(count[light])):
-                    yield _text(x + width / 2, y + _ROW / 2 + 2.5, str(count[light]), "inside", "middle")
+                    yield text(x + width / 2, y + ROW / 2 + 2.5, str(count[light]), "inside", "middle")
                 x += width
-        yield _text(_NAMES + _PLOT + 14, y + _ROW / 2 + 2.5, f"of {count.total()}")
+        yield text(NAMES + PLOT + 14, y + ROW / 2 + 2.5, f"of {count.total()}")
 
 
 def _legend() -> str:
@@ -255,7 +224,7 @@ def _refused(results: Results) -> str:
         for result in of_method
         if "refused" in result
     )
-    return _reasons("What was refused, and why", each, results)
+    return reasons("What was refused, and why", each, results)
 
 
 def _left_out(results: Results) -> str:
@@ -265,11 +234,11 @@ def _left_out(results: Results) -> str:
         for result in of_method
         for check, why in result.get("left_out", {}).items()
     )
-    return _reasons("Checks that could not be made", each, results)
+    return reasons("Checks that could not be made", each, results)
 
 
-def _reasons(heading: str, each: Iterable[tuple[str, str, str]], results: Results) -> str:
-    """Each (why, method, case), by why."""
+def reasons(heading: str, each: Iterable[tuple[str, str, str]], results: Mapping[str, Sized]) -> str:
+    """Each (why, method, case), by why; by method, `results` are as many as there are cases."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for why, method, case in each:
         groups[why][method].append(case)
@@ -301,29 +270,6 @@ def _reading() -> str:
     return f"<h2>How to read it</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
-def _figure(name: str, says: str, drawn: Sequence[str], height: float) -> str:
-    width = _NAMES + _PLOT + _BESIDE
-    plot = f'<svg viewBox="0 0 {width} {height:g}" role=img aria-label="{escape(name)}">{"".join(drawn)}</svg>'
-    return f"<figure><figcaption><strong>{escape(name)}</strong> {escape(says)}</figcaption>{plot}</figure>"
-
-
-def _tick(x: float, bottom: float, said: str) -> str:
-    return f'<path class=tick d="M{x:.1f} {_ABOVE}V{bottom}"/>{_text(x, bottom + 16, said, "faint", "middle")}'
-
-
-def _text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(said)}</text>'
-
-
 _STYLE = """
-:root { --mark: #b45309; } @media (prefers-color-scheme: dark) { :root { --mark: #f0934a; } }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 0 2.5rem; }
-figure { margin: 1rem 0; } figcaption { color: var(--faint); } figcaption strong { display: block; color: var(--ink); }
-svg { display: block; width: 100%; max-width: 46rem; height: auto; margin-top: .4rem; overflow: visible; }
-svg text { fill: var(--ink); font: 13px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-svg .faint { fill: var(--faint); font-size: 12px; } svg .inside { fill: #111; font-size: 12px; }
-.tick, .track { fill: none; stroke: var(--line); } .blind { stroke: var(--faint); stroke-dasharray: 4 3; }
-.dot { fill: var(--mark); } .whisker { fill: none; stroke: var(--mark); stroke-width: 2; }
-.legend { margin: 0; } .wide { overflow-x: auto; } .wide td, .wide th { white-space: nowrap; }
-.which summary { margin: 0; color: inherit; white-space: nowrap; }
+.legend { margin: 0; } .which summary { margin: 0; color: inherit; white-space: nowrap; }
 """

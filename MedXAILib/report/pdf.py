@@ -54,6 +54,8 @@ _HEADINGS = ("h1", "h2", "h3")
 _PNG = "data:image/png;base64,"
 # Written where the font has no letter.
 _BOX, _SPACES = "□", " \n\t"
+# As many letters are a number at most.
+_NUMBER = 24
 # Letters of the font are wider than those for which plots leave room.
 _NARROWER = 0.9
 
@@ -117,6 +119,12 @@ class _Node:
     @property
     def text(self) -> str:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    @property
+    def picture(self) -> bytes:
+        """A PNG that is in the page itself; empty for anything else."""
+        source = self.attributes.get("src", "")
+        return base64.b64decode(source[len(_PNG) :]) if self.tag == "img" and source.startswith(_PNG) else b""
 
     @property
     def bar(self) -> bool:
@@ -224,13 +232,13 @@ class _Printer:
             return self.table(node, style, width)
         if node.tag == "figure":
             return [*self.blocks(node, style, width), platypus.Spacer(0, 6)]
-        if node.tag == "img" and node.attributes.get("src", "").startswith(_PNG):
+        if node.picture:
             return [_picture(node, width)]
         if node.tag == "svg":
             return [self.plot(node, width)]
         if node.bar:
             return [self.bar(node, style.fontSize)]
-        if ".cases" in node.selectors:
+        if self.look(node).get("display") == "flex":
             return [self.cards(node, style, width)]
         return self.blocks(node, style, width)
 
@@ -324,7 +332,7 @@ class _Printer:
     def _needs(self, style: ParagraphStyle, cell: _Node) -> tuple[float, float]:
         """In points, how wide a cell is in one line, and how wide it must be at least."""
         text, bars = _printable(cell.text).strip(), [node for node in cell.nodes if node.bar]
-        parts = [text] if ".number" in cell.selectors else text.split()
+        parts = [text] if ".number" in cell.selectors and len(text) <= _NUMBER else text.split()
         line, *words = (pdfmetrics.stringWidth(part, style.fontName, 1.02 * style.fontSize) for part in (text, *parts))
         bar = _BAR * style.fontSize if bars else 0.0
         return max(line, bar), max(min(max(words, default=0.0), _LONGEST * style.fontSize), bar)
@@ -345,15 +353,19 @@ class _Printer:
         return drawn
 
     def cards(self, node: _Node, style: ParagraphStyle, width: float) -> Any:
-        """Two beside each other."""
-        cards = [self.blocks(card, style, width / 2 - 12) for card in node.nodes]
-        rows = [[cards[i], cards[i + 1] if i + 1 < len(cards) else ""] for i in range(0, len(cards), 2)]
+        """As many beside each other as their pictures leave room for, but two at least."""
+        widest = max((_size(picture)[0] for picture in node.all("img") if picture.picture), default=0)
+        count = max(2, int(width / (_PIXEL * widest + 12)))
+        cards = [self.blocks(card, self.styled(style, card), width / count - 12) for card in node.nodes]
+        rows = [
+            [*cards[i : i + count], *[""] * (count - len(cards[i : i + count]))] for i in range(0, len(cards), count)
+        ]
         look = [
             ("VALIGN", (0, 0), (-1, -1), "TOP"),
             ("LEFTPADDING", (0, 0), (-1, -1), 0),
             ("BOTTOMPADDING", (0, 0), (-1, -1), 10),
         ]
-        return _table(rows, [width / 2, width / 2], look)
+        return _table(rows, [width / count] * count, look) if rows else platypus.Spacer(0, 0)
 
     def plot(self, node: _Node, width: float) -> Any:
         """An SVG of the few shapes that pages have."""
@@ -471,10 +483,13 @@ def _table(rows: list[list[Any]], widths: list[float], look: list[Any], heads: i
 
 def _picture(node: _Node, width: float) -> Any:
     """Every pixel of it, on no more than the width and most of the height of a page."""
-    data = io.BytesIO(base64.b64decode(node.attributes["src"][len(_PNG) :]))
-    wide, high = Image.open(data).size
+    wide, high = _size(node)
     scale = min(_PIXEL, width / wide, 0.85 * _HEIGHT / high)
-    return platypus.Image(data, scale * wide, scale * high, hAlign="LEFT")
+    return platypus.Image(io.BytesIO(node.picture), scale * wide, scale * high, hAlign="LEFT")
+
+
+def _size(picture: _Node) -> tuple[int, int]:
+    return Image.open(io.BytesIO(picture.picture)).size
 
 
 def _path(steps: Sequence[tuple[str, float, float]], looks: Mapping[str, Any]) -> Any:
@@ -530,8 +545,8 @@ def _printable(text: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """In one line."""
-    return text.replace(" ", "\xa0")
+    """A number with its unit in one line; more than that is text after all."""
+    return text.replace(" ", "\xa0") if len(text) <= _NUMBER else text
 
 
 def _date(said: str) -> str:
