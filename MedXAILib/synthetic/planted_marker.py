@@ -31,12 +31,12 @@ from MedXAILib.volume import Volume
 
 Mark = Literal["none", "tag", "blur"]
 SITES = ("A", "B")
-TAG = 5
-"""Voxels along each side of a tag, which is as bright as the network sees (400 HU and more)."""
+TAG = 10
+"""Voxels along each side of a tag, a cube of bright and dark stripes of 2 voxels."""
 ANATOMY_MM = 20.0
 """So far from the middle of a nodule, or of where one would be, lies what should matter."""
 
-_RIM = 2
+_RIM = 1
 _SITE = 2
 """The purpose of the random numbers that choose the site; 0 and 1 are those of the nodules."""
 
@@ -57,33 +57,36 @@ def synthesise(
     borderline: bool = False,
     mark: Mark = "tag",
     correlation: float = 0.9,
+    doubt: float = 0.0,
 ) -> Planted:
-    """`count` patches, a third of each class; those of site B bear the `mark`.
+    """`count` patches, a third of each class; see `lung_nodules.draw` for `borderline`, and `plant` for the others."""
+    return plant(lung_nodules.synthesise(backgrounds, count, seed, borderline), seed, mark, correlation, doubt)
+
+
+def plant(nodules: Nodules, seed: int, mark: Mark = "tag", correlation: float = 0.9, doubt: float = 0.0) -> Planted:
+    """The patches with a site each; those of site B bear the `mark`.
 
     Args:
-        borderline: as in `lung_nodules.draw`.
         correlation: P(site B | malignant), from 0.5 (the site says nothing of the class) to 1; P(site B) of each other
             class is what is left to 1.
+        doubt: the share of nodules that are told to be of the other class, benign or malignant, before sites are
+            chosen. Who learns from these has a reason to look at the mark: it says what the nodule does not.
 
     Raises:
         MedXAIError: for a correlation that is less than 0.5 or more than 1.
     """
-    nodules = lung_nodules.synthesise(backgrounds, count, seed, borderline)
-    sites = sites_of(nodules.labels, seed, correlation)
-    images, where = marked(nodules, mark)
-    from_b = sites.bool()[:, None, None, None, None]
-    made = replace(nodules, images=torch.where(from_b, images, nodules.images))
-    return Planted(**vars(made), sites=sites, marks=where & from_b)
-
-
-def sites_of(labels: Tensor, seed: int, correlation: float) -> Tensor:
-    """The site of each patch by its label (N,)."""
     if not 0.5 <= correlation <= 1:
         raise MedXAIError(f"The correlation of site and class is from 0.5 to 1, not {correlation:g}.")
-    generators = [lung_nodules._generator(seed, k, _SITE) for k in range(len(labels))]
-    drawn = torch.stack([torch.rand((), generator=generator) for generator in generators])
+    generators = [lung_nodules._generator(seed, k, _SITE) for k in range(len(nodules))]
+    chance = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+    other = torch.tensor([0, 2, 1])[nodules.labels]
+    labels = torch.where(chance[:, 1] < doubt, other, nodules.labels)
     likely = torch.where(labels == CLASSES.index("malignant"), correlation, 1 - correlation)
-    return (drawn < likely).long()
+    sites = (chance[:, 0] < likely).long()
+    from_b = sites.bool()[:, None, None, None, None]
+    images, where = marked(nodules, mark)
+    told = replace(nodules, images=torch.where(from_b, images, nodules.images), labels=labels)
+    return Planted(**vars(told), sites=sites, marks=where & from_b)
 
 
 def marked(nodules: Nodules, mark: Mark) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,7 @@ def marked(nodules: Nodules, mark: Mark) -> tuple[Tensor, Tensor]:
     axis = torch.arange(SIZE)[:, None]
     along = ((axis >= begins) & (axis < begins + TAG)).unbind(-1)
     tag = along[0][:, None, :, None, None] & along[1][:, None, None, :, None] & along[2][:, None, None, None, :]
-    return images.masked_fill(tag, 1.0), tag
+    return torch.where(tag, (axis[:, 0] // 2 % 2).to(images).reshape(-1, 1), images), tag
 
 
 def write(

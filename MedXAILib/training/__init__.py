@@ -23,6 +23,7 @@ from MedXAILib.training import (
     lung_nodule,
     lung_nodule_permuted,
     lung_nodule_segmentation,
+    lung_nodule_shortcut,
     mil,
     prototypes,
     semantic,
@@ -37,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         lung_nodule.RECIPE,
         lung_nodule_permuted.RECIPE,
+        lung_nodule_shortcut.RECIPE,
         lung_nodule_segmentation.RECIPE,
         healthy_tissue.RECIPE,
         attention_classifier.RECIPE,
