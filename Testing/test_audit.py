@@ -183,7 +183,7 @@ def test_holm() -> None:
 
 
 def test_a_contrast_is_the_coefficient_of_a_regression_with_classes() -> None:
-    groups, random = some(3), np.random.default_rng(3)
+    groups, random = some(3, names="ABC"), np.random.default_rng(3)
     values = random.normal(size=(120, 2)) + groups.strata[:, None]
     for draw in (0, 7):
         design = np.column_stack([groups.draws[draw] == 1, np.eye(3)[groups.strata]])
@@ -215,6 +215,32 @@ def test_too_few_cases_are_no_good_sign() -> None:
     assert lights(few)["probes"] is None
     (one,) = (each for each in few.findings if each.check == "probes:site")
     assert one.values["detectable"] > one.values["least"]
+
+
+def test_what_is_sure_and_small_is_no_alarm() -> None:
+    whole = cohort(80, 0.5, planted=False, used=False, seed=0)
+    from_b = np.array(whole.columns["site"]) == "site B"
+
+    def light(share: float) -> str | None:
+        maps = torch.zeros(80, *SHAPE)
+        maps[:, 3, 8, 9] = torch.from_numpy(np.where(from_b, 1 - share, 1.0))
+        maps[:, 0, 0, 0] = torch.from_numpy(np.where(from_b, share, 0.0))
+        (found,) = audit(replace(whole, maps=list(maps)), checks=["outside"], draws=499).findings
+        assert found.values["q"] < ALPHA
+        assert found.values["effect"] == pytest.approx(share)
+        return found.light
+
+    assert light(0.04) == "good"
+    assert light(0.06) == "poor"
+
+
+def test_five_against_forty_are_not_compared() -> None:
+    with pytest.raises(MedXAIError, match="give more cases"):
+        grouped(["A"] * 40 + ["B"] * 5, np.zeros(45, int))
+    assert grouped(["A"] * 40 + ["B"] * 6, np.zeros(46, int)).compared.all()
+    groups = grouped(["A"] * 40 + ["B"] * 40 + ["C"] * 3, np.zeros(83, int))
+    assert groups.compared.tolist() == [True, True, False]
+    assert groups.contrast(np.eye(83)[:, -3:]).group != "C"
 
 
 # Each check.
@@ -283,6 +309,14 @@ def test_along_the_embedding_of_a_linear_head_the_evidence_differs_as_it_does(ou
     differs = groups.contrasts(whole.evidence)[0]
     moves = [[row[f"moves {name}"] for name in whole.classes] for row in found.rows]
     np.testing.assert_allclose(moves, differs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_channel_that_is_silent_elsewhere_counts_in_full() -> None:
+    whole = cohort(60, 0.7, planted=True, used=True, seed=0)
+    groups = grouped(whole.columns["site"], np.arange(60) % 2)
+    found = probes.check(whole, groups, Run())
+    moves = [row["moves malignant"] for row in found.rows]
+    np.testing.assert_allclose(moves, groups.contrasts(whole.evidence)[0, :, 0], rtol=1e-4)
 
 
 def test_evidence_is_log_odds_or_the_lead_over_the_others() -> None:
