@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from MedXAILib.cohort.plan import Plan, Subject, make_plan, read_plan
 from MedXAILib.cohort.state import state
 from MedXAILib.cohort.subjects import find_subjects
 from MedXAILib.cohort.tables import Tables
+from MedXAILib.cohort.typical import typical
 from MedXAILib.cohort.work import RESULTS, receipt, write_receipt
 from MedXAILib.concept_scores import Concept
 from MedXAILib.explanation import Explanation, Provenance
@@ -311,6 +313,30 @@ def test_a_rule_of_the_cohorts_own_predictions_is_found(tmp_path: Path) -> None:
     # Predictions that follow from nothing that is known make no rule.
     mixed = [mx.RuleSet(made("rules", of), {}, (), "", {"x": i % 3}) for i, of in enumerate(says)]
     assert not reduced(cohort(tmp_path / "mixed", "rules", mixed, site=site)).rows("surrogate")
+
+
+def test_a_few_cases_show_most_of_what_counts(tmp_path: Path) -> None:
+    # Importance is the root of what a name adds over all cases: 3 and 4 here; each case shows its part of the largest.
+    values = {"a": {"x": 4.0, "y": 1.0}, "b": {"x": -4.0, "y": 7.0}, "c": {"x": 1.0, "y": 8.0}}
+    (first, share, names), (second, whole, last) = typical(values)
+    assert (first, names) == ("b", ["y", "x"]) and share == pytest.approx((3 + 4 * 7 / 8) / 7)
+    assert (second, last) == ("c", ["y"]) and whole == pytest.approx(1)
+    # Never worse than 1 - 1/e of the best of all choices (Nemhauser 1978).
+    for seed in range(20):
+        weights = np.random.default_rng(seed).gamma(0.3, size=(9, 5))
+        chosen = typical({str(i): dict(enumerate(row)) for i, row in enumerate(weights.tolist())}, 3)
+        importance = np.sqrt(weights.sum(0))
+        parts = weights / weights.max(0)
+        every = [(parts[list(of)].max(0) @ importance) / importance.sum() for of in combinations(range(9), 3)]
+        own = parts[[int(uid) for uid, *_ in chosen]].max(0) @ importance / importance.sum()
+        assert chosen[-1][1] == pytest.approx(own) and own >= (1 - 1 / math.e) * max(every)
+        assert int(chosen[0][0]) == (parts @ importance).argmax()
+    # By table, of all targets together; what is nothing everywhere is shown by nobody.
+    each = [scores("malignant", spiky=3.0, idle=0.0), scores("benign", spiky=-2.0), scores("malignant", spiky=1.0)]
+    reduced(cohort(tmp_path, "tcav", each, site=["", "", ""])).write("tcav", tmp_path / "out")
+    with (tmp_path / "out" / "tcav-typical.csv").open(encoding="utf-8", newline="") as file:
+        told_of = [(row["case"], row["of"], row["shows"]) for row in csv.DictReader(file)]
+    assert told_of == [("case-00", "concept", "spiky (malignant)"), ("case-01", "concept", "spiky (benign)")]
 
 
 def test_how_often_a_decision_flips_and_by_how_much(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from MedXAILib.cohort.differences import differences, grouped
 from MedXAILib.cohort.intervals import spread, whose
 from MedXAILib.cohort.plan import Subject
+from MedXAILib.cohort.typical import typical
 from MedXAILib.table import write_rows
 from MedXAILib.textual.significance import benjamini_hochberg
 from MedXAILib.textual.tcav import score
@@ -24,6 +25,8 @@ _COUNTED = ("word", "neighbour")
 """What is there in a case or is not: without it, a case counts as 0."""
 _MANY = ("neighbour",)
 """Of which there are too many to ask of each whether groups differ."""
+_WEIGHTY = ("concept", "prototype", "word")
+"""Of what it is known how much it counts in a case."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,30 @@ class Tables:
                 rows += [{**vars(one), "of": what, "target": target} for one in found]
         return _with_q(rows, [row for row in rows if not math.isnan(row["p"])])
 
+    def typical(self) -> list[dict[str, Any]]:
+        """Cases that together show most of what counts in them; `mean` is the share of it that those so far show."""
+        rows = []
+        for what in (one for one in self._said if one in _WEIGHTY):
+            values: dict[str, dict[tuple[str, str], float]] = {uid: {} for uid in self._subjects}
+            for key in self._said[what]:
+                for uid, value in _known(self._of(what, key, self._subjects)).items():
+                    values[uid][key] = value
+            for uid, share, most in typical(values):
+                shows = "; ".join(f"{name} ({target})" if target else name for target, name in most)
+                row = {"case": uid, "group": "all", "cases": len(values), "mean": share, "of": what, "shows": shows}
+                rows.append(row)
+        return rows
+
     def write(self, name: str, folder: Path) -> None:
-        """Write each table as `<name>-<what>s.csv`, and `<name>-differences.csv`, as CSV; what is unknown is empty."""
+        """Write `<name>-<what>s.csv` of each table, `<name>-differences.csv` and `<name>-typical.csv`; what is unknown
+        is empty."""
         folder.mkdir(parents=True, exist_ok=True)
         for what in self._said:
             _write(folder / f"{name}-{what}s.csv", (what, *_HEADS), self.rows(what))
         if apart := self.differences():
             _write(folder / f"{name}-differences.csv", ("region", *_HEADS[:-1]), apart)
+        if shown := self.typical():
+            _write(folder / f"{name}-typical.csv", ("case", *_HEADS), shown)
 
     def _groups(self) -> list[tuple[str, str, list[str]]]:
         """The column of each group, its name, and the uids of its cases."""
