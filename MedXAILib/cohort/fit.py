@@ -157,12 +157,12 @@ class _Level:
         return found
 
     def deformed(self, before: sitk.Transform) -> sitk.Transform:
-        """B-splines between the template and the linear transform `before`, on two grids."""
+        """B-splines between the template and the linear transform `before`."""
         method = self._method()
-        splines = sitk.BSplineTransformInitializer(self.fixed, [_CELLS // 2] * 3)
+        splines = sitk.BSplineTransformInitializer(self.fixed, [_CELLS] * 3)
         method.SetOptimizerAsLBFGSB(1e-5, 50, 5, 100)
         method.SetMovingInitialTransform(before)
-        method.SetInitialTransformAsBSpline(splines, inPlace=True, scaleFactors=[1, 2])
+        method.SetInitialTransform(splines, inPlace=True)
         method.SetShrinkFactorsPerLevel([2, 1])
         method.SetSmoothingSigmasPerLevel([1, 0])
         method.Execute(self.fixed, self.moving)
