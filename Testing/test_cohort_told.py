@@ -194,13 +194,13 @@ def test_prototypes_by_class_and_those_that_are_never_used(tmp_path: Path) -> No
         prototypes("malignant", spiky=(2.0, 0.4), large=(8.0, 0.8), idle=(0.0, 0.0)),
         prototypes("benign", calcified=(4.0, 0.7)),
     ]
-    found = rows(reduced(cohort(tmp_path, "prototypes", each, sex=["f", "m", "m"]), "sex"), "prototype")
+    found = rows(reduced(cohort(tmp_path, "prototypes", each, sex=["f", "m", "none"]), "sex"), "prototype")
     spiky = found["spiky", "all", "malignant"]
     assert (spiky["cases"], spiky["mean"], spiky["used"], spiky["similarity"]) == (2, 4.0, 1.0, 0.65)
     assert spiky["share"] == pytest.approx((6 / 9.5 + 2 / 10) / 2)
     assert spiky["examples"] == "case-00; case-01"
     assert found["large", "all", "malignant"]["examples"] == "case-01; case-00"
-    assert found["idle", "all", "malignant"]["used"] == 0 and found["calcified", "m", "benign"]["mean"] == 4
+    assert found["idle", "all", "malignant"]["used"] == 0 and found["calcified", "none", "benign"]["mean"] == 4
     assert found["large", "f", "malignant"]["mean"] == 3 and ("calcified", "f", "benign") not in found
 
 

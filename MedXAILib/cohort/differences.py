@@ -18,7 +18,7 @@ _FEWEST = 5
 _PERMUTATIONS, _AT_ONCE, _DRAWS = 9999, 1111, 2000
 # A column of numbers with no more different ones than this is one of categories, such as 0 and 1.
 _CATEGORIES = 5
-_UNKNOWN = ("", "n/a", "nan", "none")
+_UNKNOWN = ("", "n/a", "nan")
 
 
 @dataclass(frozen=True)
