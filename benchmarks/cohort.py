@@ -1,6 +1,9 @@
 """`python -m benchmarks.cohort` explains 200 computed nodules by three methods with one worker and with two, and once
 more while workers and the driver are killed: does a second worker halve the time, does memory stay flat, and does the
-same come out?"""
+same come out?
+
+`python -m benchmarks.cohort --seconds` takes units of seconds, one worker and two in turn, and beside them as many
+processes without a driver or a scheduler, which is what the machine itself gains by a second core."""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import numpy as np
 import psutil
 import SimpleITK as sitk
 import torch
+import typer
 
 from benchmarks.measure import machine
 from MedXAILib.cohort.plan import Subject, make_plan, read_plan
@@ -32,6 +36,8 @@ from MedXAILib.volume import Volume, load_volume
 RESULTS = Path(__file__).resolve().parent / "results" / "cohort.json"
 MODEL = path("Models/lung_nodule")
 SCANS, METHODS = 200, ("gradient", "hirescam", "gradcam")
+# Units of some three seconds each, and how often each number of workers takes its turn.
+LONG, LONG_SCANS, TURNS = {"rise": {"samples": 800}}, 16, 4
 KILLS = 5
 _REDUCED = ("mean", "variance")
 
@@ -39,27 +45,28 @@ _DRIVER = """
 import sys
 from MedXAILib.cohort.engine import compute
 if __name__ == "__main__":
-    compute(sys.argv[1], workers=int(sys.argv[2]))
+    workers, *shard = map(int, sys.argv[2:])
+    compute(sys.argv[1], workers, shard=tuple(shard) or None)
 """
 
 
-def scans(folder: Path) -> list[Subject]:
+def scans(folder: Path, count: int = SCANS) -> list[Subject]:
     """Computed nodules as files, in Hounsfield units."""
     found = []
     # Patches have the axes (R, A, S), volumes (S, A, R).
     affine = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1.0])[[2, 1, 0, 3]]
-    for i, image in enumerate(synthesise(Backgrounds.training(), SCANS, seed=11).images):
+    for i, image in enumerate(synthesise(Backgrounds.training(), count, seed=11).images):
         file = folder / f"nodule-{i:03d}.nrrd"
         sitk.WriteImage(Volume(image.permute(0, 3, 2, 1) * 1400 - 1000, affine).to_sitk(), str(file), True)
         found.append(Subject(file.stem, (str(file),)))
     return found
 
 
-def driver(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    """A process that computes the plan, each worker on one core."""
+def driver(folder: Path, workers: int, *shard: int) -> subprocess.Popen[bytes]:
+    """A process that computes the plan, or a part of it, each worker on one core."""
     script = folder / "driver.py"
     script.write_text(_DRIVER, encoding="utf-8")
-    args = [sys.executable, str(script), str(folder), str(workers)]
+    args = [sys.executable, str(script), str(folder), *map(str, (workers, *shard))]
     return subprocess.Popen(args, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
@@ -119,7 +126,44 @@ def digests(folder: Path) -> list[str | None]:
     return [(receipt(folder, unit.key) or {}).get("digest") for unit in read_plan(folder).units()]
 
 
-def main() -> None:
+def rate(folder: Path) -> float:
+    """Units a second, from when the first was begun to when the last was done."""
+    ends = {file: file.stat().st_mtime for file in (folder / RECEIPTS).glob("*.json")}
+    begun = min(end - json.loads(file.read_text(encoding="utf-8"))["seconds"] for file, end in ends.items())
+    return len(ends) / (max(ends.values()) - begun)
+
+
+def of_seconds() -> dict[str, Any]:
+    """How much faster two are than one with units of seconds: workers of a driver, and processes without one."""
+    ways = {
+        "one worker": [(1,)],
+        "two workers": [(2,)],
+        "one process": [(0,)],
+        "two processes": [(0, 0, 2), (0, 1, 2)],
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as place:
+        here = Path(place)
+        plan = make_plan(str(MODEL), load_model(MODEL).fingerprint, LONG, scans(here, LONG_SCANS))
+        for turn in range(TURNS):
+            for way, drivers in ways.items():
+                folder = here / f"{way} {turn}"
+                folder.mkdir()
+                plan.save(folder)
+                running = [driver(folder, *asked) for asked in drivers]
+                if any(process.wait() for process in running):
+                    raise RuntimeError(f"{way}, turn {turn}: not all was done.")
+                rates[way].append(rate(folder))
+                print(way, rates[way][-1], flush=True)
+    gains = {
+        who: [b / a / 2 for a, b in zip(rates[f"one {who}"], rates[f"two {many}"], strict=True)]
+        for who, many in (("worker", "workers"), ("process", "processes"))
+    }
+    return {"units": LONG_SCANS, "method": LONG, "units_per_second": rates, "efficiency": gains}
+
+
+def of_moments() -> dict[str, Any]:
+    """Units of some 60 ms: how fast, how large, and whether the same comes out whatever is killed."""
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         subjects = scans(here)
@@ -133,7 +177,7 @@ def main() -> None:
         template = load_volume(subjects[0].volume[0])
         first, last = (reduce(folders[name], template) for name in ("one", "killed"))
         pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(first, last, strict=True) for name in _REDUCED]
-        found = {
+        return {
             "machine": machine(),
             "units": SCANS * len(METHODS),
             "states": {name: dict(state(folder).counts) for name, folder in folders.items()},
@@ -144,9 +188,14 @@ def main() -> None:
             "results equal": digests(folders["one"]) == digests(folders["two"]) == digests(folders["killed"]),
             "reduced maps equal": all(torch.equal(a, b) for a, b in pairs),
         }
+
+
+def main(seconds: bool = False) -> None:
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found = {**found, "units of seconds": of_seconds()} if seconds else {**found, **of_moments()}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

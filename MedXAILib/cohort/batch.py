@@ -21,7 +21,7 @@ _TRIM = """export DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON='{"MALLOC_TRIM_THRE
 _ARRAY = """#!/bin/sh
 #SBATCH --job-name=medxai
 #SBATCH --array=0-{last}
-#SBATCH --cpus-per-task=2
+#SBATCH --cpus-per-task=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={log}
@@ -44,7 +44,7 @@ class Jobs:
     queue: str | None = None
     walltime: str | None = None
     memory: str = "8GB"
-    cores: int = 2
+    cores: int = 1
     gpu: bool = False
 
     @contextmanager
