@@ -156,37 +156,32 @@ def _by_dask(client: Any, task: Task, keys: list[str], device: str | None) -> It
 
     def submit(key: str) -> Any:
         attempts[key] += 1
-        # A name of its own for each attempt: Dask would remember the error of the last.
-        name = f"{key}-{attempts[key]}"
+        # A name of its own for each attempt: Dask would remember the error of the last. The first word is for what Dask
+        # keeps for all names that are alike, and never forgets.
+        name = ("unit", key, attempts[key])
         return client.submit(task.do, key, device, attempts[key], key=name, pure=False, resources=on)
 
-    of: dict[str, str] = {}
     futures = as_completed()
 
     def fill() -> None:
         # Fewer than all at once: a scheduler should not hold what a plan holds. Workers come and go.
-        ahead = max(1, _QUEUED * len(client.scheduler_info(n_workers=-1)["workers"]))
+        ahead = max(1, _QUEUED * len(client.nthreads()))
         while waiting and futures.count() < ahead:
-            futures.add(_noted(of, submit(waiting.pop())))
+            futures.add(submit(waiting.pop()))
 
     fill()
     for future in futures:
-        key = of.pop(future.key)
+        _, key, _ = future.key
         error = future.exception() if future.status == "error" else None
         if isinstance(error, MedXAIError):
             raise error
         if type(error).__name__ == "NoWorkerError":
             raise MedXAIError("No worker is left: see what ended them, and compute again; what was done is kept.")
         if error is not None and attempts[key] < ATTEMPTS:
-            futures.add(_noted(of, submit(key)))
+            futures.add(submit(key))
         else:
             yield future.result() if error is None else task.give_up(key, error)
         fill()
-
-
-def _noted(of: dict[str, str], future: Any) -> Any:
-    of[future.key] = future.key.rpartition("-")[0]
-    return future
 
 
 def given_up(folder: Path, unit: Unit, error: BaseException) -> Status:
