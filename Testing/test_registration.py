@@ -127,7 +127,6 @@ def test_a_known_move_of_a_chest_is_found_again(
     template = seen(chest, oblique(chest, (5.0, 5.7, 6.0), (-0.05, 0.1, -0.1)), truth)
     found = fit(scan, template, kind)
     apart = missed(found.transform, truth, template, -300)
-    print(kind, found, apart.mean(), apart.max())
     assert not found.reason and apart.mean() < mean and apart.max() < most
     assert found.quality["similarity"] > found.quality["before"] + 0.1
     if kind == "deformable":
@@ -142,7 +141,6 @@ def test_one_contrast_is_brought_to_another() -> None:
     on = seen(template, oblique(template, (4.0, 4.5, 5.0), (0.1, 0, -0.1)), truth)
     found = fit(seen(other, oblique(other, (4.4, 4.0, 4.6), (0, 0.2, 0.1))), on)
     apart = missed(found.transform, truth, on, 60)
-    print(found, apart.mean(), apart.max())
     assert not found.reason and apart.mean() < 0.5 and apart.max() < 1.2
 
 
@@ -175,7 +173,6 @@ def test_what_does_not_belong_is_refused(chest: sitk.Image, scan: mx.Volume, wha
     else:
         scan = mx.Volume(scan.data.flip(1 if what == "upside down" else 3), scan.affine)
     found = fit(scan, template, "rigid")
-    print(what, found)
     assert re.search(reason, found.reason)
 
 
