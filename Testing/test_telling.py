@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from concept_examples import drawn, examples
 from concept_examples import model as pooled_model
@@ -133,6 +135,84 @@ def test_examples_in_memory_are_given_again() -> None:
     assert 0 <= found.values["lowest"] <= found.values["highest"] <= 1
 
 
+class Way(Teller):
+    """Where would the answer be another? Along what the last layer weighs, or the same for all networks."""
+
+    id: ClassVar[str] = "way"
+    title: ClassVar[str] = "Way"
+    paper: ClassVar[str] = ""
+    kind: ClassVar[str] = "Traversal"
+    taxonomy: ClassVar[Taxonomy] = TAXONOMY
+    reads: bool = True
+    along: str = "towards 0"
+
+    def tell(self, question: Question, volume: Volume) -> Callable[..., mx.Explanation]:
+        weights = question.model.network.head.weight[1].detach()  # type: ignore[union-attr, index]
+        change = weights if self.reads else torch.ones(32)
+        images = torch.stack([0 * change, change]).reshape(2, 2, 4, 4)
+        steps = (mx.Step(0.0, 1.0), mx.Step(1.0, 1.0 + (float(weights[0]) if self.reads else 2.0)))
+        return partial(mx.Traversal, residual={}, steps=steps, images=images, affine=np.eye(4), along=self.along)
+
+
+@pytest.mark.parametrize("along", ["towards 0", "along diameter"])
+def test_a_way_that_no_network_changes_is_caught(
+    along: str, asked: tuple[mx.Model, mx.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Independent weights do not correlate; for a way that is given only what is said on it counts."""
+    monkeypatch.setitem(registry.EXPLAINERS, Way.id, Way)
+    own = telling.judge(mx.tell(*asked, "way", 1, along=along), *asked)
+    fixed = telling.judge(mx.tell(*asked, "way", 1, along=along, reads=False), *asked)
+    assert own.values["likeness"] < 0.5 and own.light == "good"
+    assert fixed.values["lowest"] == pytest.approx(1) and fixed.light == "poor"
+
+
+class Halves(nn.Module):
+    """Says "high" where the first half of a scan of two voxels is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 8), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.body.weight.copy_(torch.tensor([[1.0, 0.0]]).expand(8, 2))
+            self.body.bias.zero_()
+            self.head.weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 8))
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.body(x.flatten(1)))
+        return answer
+
+
+def test_rules_are_asked_of_the_network_that_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table has of the former network stays the same, and would make the same rules."""
+    model = mx.Model(Halves(), class_names=("low", "high"))
+    halves = np.random.default_rng(0).uniform(-1, 1, (80, 2))
+    rows = []
+    for i, (a, b) in enumerate(halves):
+        volume = mx.Volume(torch.tensor([a, b]).reshape(1, 1, 1, 2).float(), np.eye(4))
+        sitk.WriteImage(volume.to_sitk(), str(tmp_path / f"{i}.nrrd"))
+        rows.append(f"{i}.nrrd,{a},{b},{'high' if a > 0 else 'low'}")
+    table = tmp_path / "cases.csv"
+    table.write_text("\n".join(["volume,a,b,said", *rows]), encoding="utf-8")
+    told = mx.tell(model, volume, "rules", table=str(table), values=f"a={a}, b={b}")
+    assert isinstance(told, mx.RuleSet) and {c.feature for rule in told.rules for c in rule.conditions} == {"a"}
+    asked_anew = mx.tell(model, volume, "rules", table=str(table), values=f"a={a}, b={b}", anew=True)
+    assert isinstance(asked_anew, mx.RuleSet) and asked_anew.rules == told.rules
+    found = telling.judge(told, model, volume)
+    assert found.values["likeness"] < 0.8 and found.light != "poor"
+    monkeypatch.setattr(registry.EXPLAINERS["rules"], "asked_again", classmethod(lambda cls, told: {}))
+    assert telling.judge(told, model, volume).values["lowest"] == 1
+    # One that says the same of all has no rules, and of no rules there is no verdict.
+    silent = Halves()
+    with torch.no_grad():
+        silent.head.weight.zero_()
+        silent.head.bias.copy_(torch.tensor([1.0, 0.0]))
+    none = mx.tell(mx.Model(silent, class_names=("low", "high")), volume, "rules", table=str(table), anew=True)
+    assert isinstance(none, mx.RuleSet) and none.rules == () and none.text == "The network says low of every case."
+    assert telling.likeness(told, none) == 0
+    assert telling.judge(none, mx.Model(silent, class_names=("low", "high")), volume).light is None
+
+
 def made(asked: tuple[mx.Model, mx.Volume]) -> mx.Provenance:
     return mx.tell(*asked, "proverb", 1).provenance
 
@@ -153,6 +233,30 @@ def test_likeness_of_each_kind(asked: tuple[mx.Model, mx.Volume]) -> None:
     assert telling.likeness(own, concepts(a=3.0, b=None, c=1.0)) == pytest.approx(expected)
     assert telling.likeness(own, concepts(a=None, b=None, c=None)) == 0
     assert telling.likeness(cases("x", "y"), cases("y", "z")) == pytest.approx(1 / 3)
+
+    def way(along: str, values: list[float], *change: float) -> mx.Traversal:
+        images = torch.stack([torch.zeros(len(change)), torch.tensor(change)]).reshape(2, 1, 1, -1)
+        steps = tuple(mx.Step(float(i), value) for i, value in enumerate(values))
+        return mx.Traversal(provenance, {}, steps, images, np.eye(4), along)
+
+    first = way("towards a", [0, 3], 3, 4)
+    assert telling.likeness(first, way("towards b", [0, -3], 6, 8)) == pytest.approx(1)
+    assert telling.likeness(first, way("towards a", [0, 3], 4, 3)) == pytest.approx(24 / 25)
+    for contrary_or_none in (way("towards a", [0, 3], -3, -4), way("towards a", [0, 3], 0, 0)):
+        assert telling.likeness(first, contrary_or_none) == 0
+    given = way("along size", [1, 3], 3, 4)
+    assert telling.likeness(given, way("along size", [7, 8], 3, 4)) == pytest.approx(1 / 2)
+    assert telling.likeness(given, way("along size", [7, 5], 3, 4)) == 0
+
+    def rule(says: str, **limits: float) -> mx.Rule:
+        return mx.Rule(tuple(mx.Condition(name, ">", limit) for name, limit in limits.items()), says, 0.5, 1, 9)
+
+    two = mx.RuleSet(provenance, {}, (rule("ill", size=10, density=-600), rule("well", size=4)))
+    assert telling.likeness(two, two) == 1
+    # Of two conditions one is the same to four fifths, and one is lacking; the other rule says otherwise.
+    other = mx.RuleSet(provenance, {}, (rule("ill", size=8), rule("ill", width=4)))
+    assert telling.likeness(two, other) == pytest.approx((0.4 + 0 + 0.4 + 0) / 4)
+    assert telling.likeness(two, mx.RuleSet(provenance, {}, (rule("ill", density=600),))) == 0
     with pytest.raises(mx.MedXAIError, match="ConceptScores and SimilarCases"):
         telling.likeness(own, cases("x"))
 

@@ -7,11 +7,11 @@ Biffi et al., "Explainable anatomical shape analysis through deep hierarchical g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,6 +80,11 @@ class Latent(Teller):
     steps: int = Field(9, ge=2, le=99, description="images, with the scan itself")
     reach: float = Field(4.0, gt=0, le=10, description="how far to go at most, in standard deviations of each code")
     rounds: int = Field(ROUNDS, ge=1, le=1000, description="how long to look for another decision")
+
+    @classmethod
+    def asked_again(cls, told: Explanation) -> Mapping[str, Any]:
+        # Another network may say already what this one was to be led to.
+        return {"towards": ""}
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         run, model = question.run, question.model
@@ -169,9 +174,9 @@ class Latent(Teller):
         return (way / way.norm())[None]
 
     def _along(self, start: Tensor, way: Tensor) -> _Walk:
-        """The same distance to both sides of the scan."""
-        half = self.steps // 2
-        share = torch.arange(-half, half + 1) / half * self.reach
+        """The same distance to both sides of the scan; of an even number of images one less behind it."""
+        ahead = self.steps // 2
+        share = torch.arange(ahead - self.steps + 1, ahead + 1) / ahead * self.reach
         return _Walk(start + share[:, None].to(start) * way, share.tolist(), f"along {self.along}")
 
 

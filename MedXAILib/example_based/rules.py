@@ -91,6 +91,14 @@ class Rules(LibraryMethod):
     neighbours: int = Field(
         40, ge=5, description="cases near the scan that choose its own rule: so many alike, and so many unlike"
     )
+    anew: bool = Field(
+        False, description="ask the network what it says of each case, whatever the library or table has of it"
+    )
+
+    @classmethod
+    def asked_again(cls, told: Explanation) -> Mapping[str, Any]:
+        # What the other network said is in the library.
+        return {"anew": True}
 
     def tell(self, question: Question, volume: Volume) -> Callable[..., Explanation]:
         run, model = question.run, question.model
@@ -103,6 +111,8 @@ class Rules(LibraryMethod):
         if not whole.all():
             run.note(f"{(~whole).sum()} cases are left out: not all features are known of them.")
         cases = cases.part(whole)
+        if self.anew and len(np.unique(cases.says)) == 1:
+            return partial(RuleSet, residual={}, rules=(), text=f"The network says {cases.says[0]} of every case.")
         if len(cases) < _FEWEST or len(np.unique(cases.patients)) < 2 or len(np.unique(cases.says)) < 2:
             raise MedXAIError(
                 f"Rules need {_FEWEST} cases or more of several patients, of which the network says different things, "
@@ -135,11 +145,11 @@ class Rules(LibraryMethod):
         changed = [scan.stat().st_mtime_ns for scan in scans if scan.exists()]
         source = (repr(rows), *changed) if library is None else (library.path, library.version)
         known = _KNOWN.setdefault(question.model, {})
-        key = source, named is not None
+        key = source, named is not None, self.anew
         if key not in known:
             left: list[str] = []
-            asked = self._listed(question, named, rows) if library is None else _held(question, named, library, left)
-            known[key] = list(asked), left
+            held = None if library is None else self._held(question, named, library, left)
+            known[key] = list(held or self._listed(question, named, rows)), left
         found, left = known[key]
         for why in left:
             question.run.note(f"Left out: {why}")
@@ -151,7 +161,7 @@ class Rules(LibraryMethod):
             MedXAIError: for a library that another network embedded.
         """
         library, model = self.opened(question), question.model
-        if library.embedder.fingerprint != fingerprint(model):
+        if not self.anew and library.embedder.fingerprint != fingerprint(model):
             raise MedXAIError(
                 f"The library '{library.path}' is of {library.embedder.name}, and knows what that says: give one that "
                 f"{model.name} embedded."
@@ -162,12 +172,31 @@ class Rules(LibraryMethod):
         for i, row in enumerate(rows):
             question.run.step(i, len(rows), self.title)
             record = Record(f"row {row.number}", row["patient"] or row["volume"], row["label"], row["said"])
-            if named is None and record.said:
+            if named is None and record.said and not self.anew:
                 yield record, _cells(row)
                 continue
             record = replace(record, region=row.point("region"))
             record, attributes = _asked(question, named, record, load_volume(row.volume))
             yield record, attributes if named else _cells(row)
+
+    def _held(
+        self, question: Question, named: NamesAttributes | None, library: Library, left: list[str]
+    ) -> Iterator[_Featured]:
+        """The cases of a library, with their features; why some had to be left out is added to `left`."""
+        records = library.records(whole=False)
+        for i, record in enumerate(records):
+            question.run.step(i, len(records), self.title)
+            if named is None and not self.anew:
+                yield record, _numbers(record.meta)
+                continue
+            try:
+                record, attributes = _asked(question, named, record, library.volume(record))
+            except (Cancelled, OutOfMemory):
+                raise
+            except MedXAIError as error:
+                left.append(str(error))
+            else:
+                yield record, attributes if named else _numbers(record.meta)
 
     def _here(self, question: Question, named: NamesAttributes | None, features: Sequence[str]) -> dict[str, float]:
         """What is known of the features of the scan."""
@@ -184,22 +213,6 @@ class Rules(LibraryMethod):
             except ValueError as error:
                 raise MedXAIError(f"'{given}' is no value: write name=number, such as {features[0]}=14.") from error
         return {name: found[name] for name in features if name in found}
-
-
-def _held(question: Question, named: NamesAttributes | None, library: Library, left: list[str]) -> Iterator[_Featured]:
-    """The cases of a library, with their features; why some had to be left out is added to `left`."""
-    records = library.records(whole=False)
-    for i, record in enumerate(records):
-        question.run.step(i, len(records), Rules.title)
-        if named is None:
-            yield record, _numbers(record.meta)
-            continue
-        try:
-            yield _asked(question, named, record, library.volume(record))
-        except (Cancelled, OutOfMemory):
-            raise
-        except MedXAIError as error:
-            left.append(str(error))
 
 
 def _asked(
