@@ -249,8 +249,8 @@ def _troubles(plan: Plan, receipts: Sequence[Mapping[str, Any]], tables: Mapping
 def _reading() -> str:
     lines = [
         "Each map counts alike, whatever its brightness: it was made absolute and brought to sum to one. The mean says "
-        "where the answers rest; bright in the picture of the variance is where cases differ. Both lie on the template, "
-        "whose anatomy is not that of each case.",
+        "where the answers rest; bright in the picture of the variance is where cases differ. Both lie on the "
+        "template, whose anatomy is not that of each case.",
         "A dot is the mean over cases, the whisker its 95 % interval. Where whiskers overlap much, these cases do not "
         "tell what is more. The number in brackets is that of the cases.",
         "A share of a region says nothing without its size: a large one gathers more of any map.",
@@ -283,5 +283,6 @@ def _provenance(plan: Plan, receipts: Sequence[Mapping[str, Any]]) -> str:
 
 
 _STYLE = """
-h3 { margin: 1rem 0 .3rem; font-size: 1.05rem; } img { max-width: 1000px; } .head td { color: var(--faint); font-size: .85rem; }
+h3 { margin: 1rem 0 .3rem; font-size: 1.05rem; } img { max-width: 1000px; }
+.head td { color: var(--faint); font-size: .85rem; }
 """

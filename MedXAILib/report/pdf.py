@@ -305,7 +305,8 @@ class _Printer:
                 x += _span(cell)
         room = width - 2 * _BESIDE * count
         smaller = min(1.0, max(_LEAST / style.fontSize, room / least.sum()))
-        want, least = smaller * want, smaller * least
+        # One long text takes no room from short ones.
+        want, least = np.minimum(smaller * want, room), smaller * least
         spare = max(0.0, room - least.sum()) / max(1e-9, (want - least).sum())
         widths = least + min(1.0, spare) * (want - least)
         widths = widths * min(1.0, room / widths.sum()) + 2 * _BESIDE
