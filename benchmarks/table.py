@@ -27,7 +27,8 @@ MedXAI beside the packages that a person would otherwise use, on the same networ
 def write() -> None:
     """Write the page from all results and curves."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
-    parts = [INTRODUCTION, *(section(result) for result in found)]
+    # Those of other programs lie beside them.
+    parts = [INTRODUCTION, *(section(result) for result in found if "forward" in result)]
     parts += [whole_scan(json.loads(p.read_text(encoding="utf-8"))) for p in sorted(SCANS.glob("*.json"))]
     curves = sorted(CURVES.glob("*.csv"))
     if curves:
