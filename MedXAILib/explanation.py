@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -215,7 +216,7 @@ def written_whole(folder: Path, manifest: str = MANIFEST) -> Iterator[Path]:
         _replace(folder, fresh)
     except (OSError, RuntimeError) as error:
         # SimpleITK reports a failed write as RuntimeError.
-        if isinstance(error, RuntimeError) and "sitk::ERROR" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("SimpleITK (ImageFileWriter|WriteImage)", str(error)):
             raise
         full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or shutil.disk_usage(
             folder.parent

@@ -133,6 +133,8 @@ def test_labels_are_legal_and_nobody_elses() -> None:
     methods = {label(*method.split("_"), "malignant").lower() for method in EXPLAINERS}
     assert len(methods) == len(EXPLAINERS) and "predictionDifferenceMalignant".lower() in methods
     assert label("lime", "a", "b c") != label("lime", "a b", "c") != label("lime", "a", "b", "c")
+    # What looks like a label with a hash has one, too.
+    assert label("lime", "x01234567") != "limeX01234567"
 
 
 def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path) -> None:
@@ -153,6 +155,13 @@ def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path) -> None:
     assert description["SourceDatasets"] == [{"URL": "../..", "DOI": "doi:10.1/x"}]
     assert description["GeneratedBy"][0]["Version"] == mx.__version__  # type: ignore[index]
     assert not (out / "participants.tsv").exists()
+    if os.name != "nt":
+        # As in DataLad's data sets, a file may be a link to another.
+        scan = Path(other.volume[0]).rename(tmp_path / "MD5E-s0.nii.gz")
+        Path(other.volume[0]).symlink_to(scan)
+        linked = write_bids([(other, a_map())], out)
+        (path,) = linked.rglob("*_attrmap.json")
+        assert said(path)["Sources"] == ["bids:source:sub-01/ses-a/anat/sub-01_ses-a_run-2_T2w.nii.gz"]
     # From elsewhere, the way there would say where it was made.
     far = said(write_bids([(subject, a_map())], tmp_path / "out") / "dataset_description.json")
     assert "DatasetLinks" not in far and far["SourceDatasets"] == [{"DOI": "doi:10.1/x"}]
@@ -267,8 +276,9 @@ def test_another_data_set_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("bids-validator-deno") is None, reason="needs bids-validator-deno")
 def test_the_data_set_is_valid(tmp_path: Path) -> None:
-    odd = scan_in_bids(tmp_path / "raw", "sub-02/pet/sub-02_trc-FDG_pet.nii.gz")
-    maps = [(scan_in_bids(tmp_path / "raw"), one) for one in (a_map(), *told())] + [(odd, a_map())]
+    odd = ("sub-02/pet/sub-02_pet.nii.gz", "sub-02/anat/sub-02_inv-1_MP2RAGE.nii.gz")
+    maps = [(scan_in_bids(tmp_path / "raw"), one) for one in (a_map(), *told())]
+    maps += [(scan_in_bids(tmp_path / "raw", name), a_map()) for name in odd]
     named = Subject("患者 1", ("a.nrrd",), meta={"site": "north", "sex": "F", "patient": "n 1"})
     for i, pairs in enumerate((maps, [*maps, (named, a_map())])):
         out = write_bids(pairs, tmp_path / "raw" / "derivatives" / str(i))

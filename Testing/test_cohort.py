@@ -402,13 +402,21 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def full_by_itk(*_: object, **__: object) -> None:
+    """What a full file system of 260 kB made it say."""
+    raise RuntimeError(
+        "Exception thrown in SimpleITK ImageFileWriter_Execute: itkNrrdImageIO.cxx:1349:\nITK ERROR: NrrdImageIO: "
+        "Write: Error writing map.nrrd:\n[nrrd] _nrrdFormatNRRD_write: couldn't write gzip data"
+    )
+
+
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_done(
     table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(table, tmp_path)
-    for module, name in ((os, "fsync"), (sitk, "WriteImage")):
-        monkeypatch.setattr(module, name, full)
-        with pytest.raises(mx.MedXAIError, match=r"No space left|disk is full"):
+    for module, name, fails in ((os, "fsync", full), (sitk, "WriteImage", full), (sitk, "WriteImage", full_by_itk)):
+        monkeypatch.setattr(module, name, fails)
+        with pytest.raises(mx.MedXAIError, match=r"No space left|disk is full|couldn't write gzip data"):
             compute(tmp_path)
         monkeypatch.undo()
         assert not [path.name for path in (tmp_path / RECEIPTS).glob(".*")]
@@ -540,6 +548,11 @@ def test_bids_and_dicom_are_found(tmp_path: Path) -> None:
     assert found["sub-01_T1w"].meta == {"sex": "F", "site": "north", "participant": "sub-01", "suffix": "T1w"}
     assert "site" not in found["sub-02_ses-a_T1w"].meta
     assert len(find_subjects(bids)) == 3
+    if os.name != "nt":
+        # A file that is a link, as DataLad's are, is known by its own name.
+        named = bids / "sub-01/anat/sub-01_T2w.nii.gz"
+        named.symlink_to(named.rename(tmp_path / "MD5E-s0.nii.gz"))
+        assert find_subjects(bids, "T2w")[0].volume == (str(named.parent.resolve() / named.name),)
 
     from dicom_series import write_series
 

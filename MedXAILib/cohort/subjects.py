@@ -60,7 +60,8 @@ def _of_bids(folder: Path, suffix: str) -> Iterator[Subject]:
         entities = dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
         participant = f"sub-{entities.get('sub', '')}"
         meta = {**known.get(participant, {}), "participant": participant, "suffix": stem.rpartition("_")[2]}
-        yield Subject(uid=stem, volume=(str(path.resolve()),), meta=meta)
+        # Not resolved itself: in DataLad's data sets, files are links to others, whose names say nothing.
+        yield Subject(uid=stem, volume=(str(path.parent.resolve() / path.name),), meta=meta)
 
 
 def _participants(path: Path) -> dict[str, dict[str, str]]:

@@ -101,11 +101,11 @@ class _DataSet:
         often = Counter(one.provenance.target_label for one in placed)
         for i, one in enumerate(placed):
             of = one.provenance.target_label
-            name = self._named(place, one, f"map {i}" if often[of] > 1 or not of else "")
+            name = self._named(place, one, *[f"map {i}"] * (often[of] > 1 or not of))
             told_of = {**about, "Target": of, "Description": f"{made.title or made.method}: what speaks for {of}"}
             self._map(name, one, told_of)
             self._table(name, "regions", list(regions(one)), told_of)
-        name = self._named(place, explanation, "")
+        name = self._named(place, explanation)
         for kind, rows in groupby(told(explanation), lambda row: row["kind"]):
             self._table(name, f"{kind}s", list(rows), about)
 
@@ -153,14 +153,12 @@ class _DataSet:
         more += [] if subject.uid == stem else [f"case {subject.uid}"]
         return _Place("_".join(kept), Path(*folders, datatype), [entity for entity, _ in parts], found[2], more)
 
-    def _named(self, place: _Place, one: Explanation, which: str) -> Path:
+    def _named(self, place: _Place, one: Explanation, *which: str) -> Path:
         """The path of a result without its suffix."""
-        made = one.provenance
-        desc = label(*made.method.split("_"), made.target_label, *place.more, *filter(None, [which]))
-        desc += place.suffix[:1].upper() + place.suffix[1:]
-        of = f", of {place.suffix} images" * bool(place.suffix)
-        more = "".join(f", {part}" for part in filter(None, [*place.more, which]))
-        self._descriptions[desc] = f"{made.title or made.method}: {made.target_label}{more}{of}"
+        made, more = one.provenance, [*place.more, *which]
+        desc = label(*made.method.split("_"), made.target_label, *more) + place.suffix[:1].upper() + place.suffix[1:]
+        words = [made.target_label, *more, *[f"of {place.suffix} images"] * bool(place.suffix)]
+        self._descriptions[desc] = f"{made.title or made.method}: {', '.join(words)}"
         if place.folder.name not in _SEGMENTED or not set(place.entities) <= set(_ENTITIES):
             # BIDS has no segmentations of such images.
             self._unknown.add(f"{place.prefix}_desc-{desc}_dseg.*")
@@ -193,11 +191,13 @@ class _DataSet:
 
     def _uri(self, file: Path) -> str | None:
         """The BIDS URI of a scan that is in a BIDS data set."""
-        root = next((one for one in file.resolve().parents if (one / DESCRIPTION).is_file()), None)
+        # As it is named: in DataLad's data sets, files are links to others.
+        file = file.parent.resolve() / file.name
+        root = next((one for one in file.parents if (one / DESCRIPTION).is_file()), None)
         if root is None or _NAME.fullmatch(file.name.partition(".")[0]) is None:
             return None
         name = self._sources.setdefault(root, f"source{len(self._sources) or ''}")
-        return f"bids:{name}:{file.resolve().relative_to(root).as_posix()}"
+        return f"bids:{name}:{file.relative_to(root).as_posix()}"
 
     def _map(self, name: Path, one: SaliencyMap, about: Mapping[str, Any]) -> None:
         image = Volume(one.data.sum(0, keepdim=True), one.affine).to_sitk()
