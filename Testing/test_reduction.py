@@ -149,6 +149,27 @@ def test_contributions_of_regions_add_up_to_what_is_explained(mapped: Path, tmp_
     assert float(rows["label 3"]["importance"]) == pytest.approx(np.abs(told).mean())
 
 
+def test_without_a_map_there_is_nothing_to_reduce(mapped: Path, tmp_path: Path) -> None:
+    plan = read_plan(mapped)
+    plan.save(tmp_path)
+    with pytest.raises(mx.MedXAIError, match="holds no map yet"):
+        reduce(tmp_path, onto(mapped)[0])
+    # One whose map lies beside the template is left out, and told.
+    first, second = list(plan.units())[:2]
+    for unit, by in ((first, 0.0), (second, 900.0)):
+        one = maps_of(mapped)[unit.subject.uid]
+        affine = one.affine.copy()
+        affine[0, 3] += by
+        replace(one, affine=affine).save(tmp_path / RESULTS / unit.key)
+        work.write_receipt(tmp_path, unit, {"status": "done"})
+    (found,) = reduce(tmp_path, onto(mapped)[0])
+    assert (
+        found.cases == 1
+        and list(found.left_out) == [second.subject.uid]
+        and not any((tmp_path / "reduction").iterdir())
+    )
+
+
 def people(count: int, **meta: Sequence[object]) -> list[Subject]:
     return [Subject(f"{i}", ("s",), meta={k: str(v[i]) for k, v in meta.items()}) for i in range(count)]
 

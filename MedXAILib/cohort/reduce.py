@@ -4,7 +4,6 @@ and whether that differs between groups. It follows from the results alone, take
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from MedXAILib.cohort.engine import carry_out
 from MedXAILib.cohort.intervals import spread, whose
 from MedXAILib.cohort.plan import Subject, Unit, read_plan
 from MedXAILib.cohort.registration import registered
-from MedXAILib.cohort.sums import Summing, merged, prepare
+from MedXAILib.cohort.sums import Summing, discard, merged, prepare
 from MedXAILib.cohort.told import maps
 from MedXAILib.cohort.work import receipt
 from MedXAILib.errors import MedXAIError
@@ -102,7 +101,7 @@ def reduce(
             out = left_out | sums.left_out
             made = Overall(method, mean, variance, template.affine, sums.shares, count, sums.contributions, out)
             overall.append(made)
-    shutil.rmtree(place)
+    discard(place)
     if not overall:
         raise MedXAIError(f"'{folder}' holds no map yet: compute it first ('medxai cohort run').")
     return overall

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,7 +74,7 @@ def prepare(
     labels = _labels(atlas, template)
     pieces = {}
     for method, units in methods.items():
-        for i, part in enumerate(np.array_split(np.arange(len(units)), min(_PIECES, len(units)))):
+        for i, part in enumerate(np.array_split(np.arange(len(units)), min(_PIECES, len(units)) or 1)):
             of = [units[j] for j in part]
             pieces[f"{method}.{i:02d}"] = [
                 {
@@ -93,6 +95,13 @@ def prepare(
             sitk.WriteImage(labels, str(fresh / _LABELS), useCompression=True)
             (fresh / _ASKED).write_text(asked, encoding="utf-8")
     return place, list(pieces)
+
+
+def discard(place: Path) -> None:
+    """Remove what was added up: at once, so that what is interrupted here leaves no halves."""
+    aside = place.with_name(f".{place.name}-{uuid.uuid4().hex[:8]}")
+    place.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def merged(place: Path, pieces: Sequence[str]) -> Sums:
