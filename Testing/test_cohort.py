@@ -650,6 +650,8 @@ def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_p
     assert "--array=0-6" in script and '"$SLURM_ARRAY_TASK_ID/7"' in script
     out = tmp_path / "out"
     medxai("reduce", folder, "--template", read_plan(folder).subjects[2].volume[0], "--by", "site", "--out", out)
-    assert sorted(path.name for path in out.glob("gradient-*")) == [
-        f"gradient-{name}" for name in ("cases.csv", "mean.nrrd", "regions.csv", "variance.nrrd")
-    ]
+    images = ("error.nrrd", "mean.nrrd", "variance.nrrd", "variation.nrrd")
+    assert {path.name for path in out.glob("gradient-*")} == {
+        f"gradient-{name}" for name in ("cases.csv", "regions.csv", *images)
+    }
+    assert mx.load_volume(out / "template.nrrd").shape == mx.load_volume(out / "gradient-mean.nrrd").shape
