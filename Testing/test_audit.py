@@ -384,7 +384,7 @@ def test_a_moved_background_moves_the_evidence_by_what_the_marker_weighs() -> No
     # The evidence of a case is its marker, and nothing else: a background brings its own.
     moved = np.array([row["moves malignant"] for row in found.rows])
     of = other.evidence[:, 0]
-    np.testing.assert_allclose(moved - moved[0], of - of[0], atol=1e-4)
+    np.testing.assert_allclose(moved, of - of[transplant._hosts(groups)].mean(), atol=1e-4)
     assert found.tests[0].effect == pytest.approx(16 / of.std(), rel=0.05)
     with pytest.raises(MedXAIError, match="no layer with a spatial layout"):
         probes.check(other, groups, Run())
@@ -393,7 +393,7 @@ def test_a_moved_background_moves_the_evidence_by_what_the_marker_weighs() -> No
 def test_what_is_anatomy_of_either_stays() -> None:
     whole = cohort(4, 0.5, planted=True, used=False, seed=0)
     masks = [mask.clone() for mask in whole.anatomy if mask is not None]
-    masks[1][5, 11, 13] = True
+    masks[1][5, 0, 13] = True
     made = transplant.swapped(replace(whole, anatomy=masks), 0, 1)
     kept = masks[0] | masks[1]
     assert torch.equal(made[0][kept], whole.x[0][0][kept])
@@ -405,7 +405,7 @@ def test_what_is_anatomy_of_either_stays() -> None:
 def test_counterexamples_are_matched_by_class() -> None:
     """Malignant cases are harder everywhere, and site B has more of them: that alone is no finding."""
     label = np.repeat([0, 1], 40)
-    site = np.array(["A"] * 30 + ["B"] * 10 + ["A"] * 10 + ["B"] * 30)
+    site = np.array(["A"] * 20 + ["B"] * 20 + ["A"] * 10 + ["B"] * 30)
     whole = cohort(80, 0.5, planted=False, used=False, seed=0)
     hard = np.where(label == 1, 0.6, 0.9)
 
@@ -431,6 +431,16 @@ def test_what_is_not_known_is_left_out_and_what_stays_does_not_change() -> None:
     alone = audit(whole.taken(range(120)), draws=199)
     assert found.findings == alone.findings
     assert found.cases == 125
+
+
+def test_what_is_known_of_no_case_and_many_columns() -> None:
+    whole = cohort(40, 0.6, planted=True, used=True, seed=0)
+    nothing = audit(replace(whole, columns={"site": [""] * 40}), checks=["outside"])
+    assert "give more cases" in nothing.left_out["outside:site"]
+    columns = {f"site {k}": whole.columns["site"] for k in range(12)}
+    many = audit(replace(whole, columns=columns), by=list(columns), checks=["outside", "neighbours"])
+    # 24 tests, and the smallest p is still below the level.
+    assert many.alarm
 
 
 def test_without_known_labels_nothing_alarms() -> None:

@@ -94,18 +94,20 @@ def audit(
     seed: int = 0,
     run: Run | None = None,
     checks: Sequence[str] | None = None,
-    draws: int = 4999,
+    draws: int | None = None,
 ) -> Audit:
     """Whether the network of `cohort` leans on its columns `by`.
 
     Cases are compared within their class (the known one, or the predicted one where none is known; then nothing
-    alarms) and within the columns `within`. What is not known of a case leaves it out.
+    alarms) and within the columns `within`. What is not known of a case leaves it out. Chance is measured by `draws`
+    permutations: if not said 4999, or as many as the correction for so many columns needs.
 
     Raises:
-        MedXAIError: for an unknown check or column, and when there is nothing to compare in any.
+        MedXAIError: for an unknown check or column.
         Cancelled: when the person asked to stop.
     """
     run, checks = run or Run(), tuple(CHECKS) if checks is None else checks
+    draws = max(4999, 1000 * len(by)) if draws is None else draws
     for name in checks:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
@@ -146,7 +148,7 @@ def _groups(cohort: Cohort, column: str, within: Sequence[str], seed: int, draws
 def _findings(outcomes: Mapping[str, Outcome], known: bool) -> list[Finding]:
     """The findings, with p corrected for all that was asked."""
     tests = [test for outcome in outcomes.values() for test in outcome.tests]
-    corrected = dict(zip(map(id, tests), holm([test.p for test in tests]), strict=True))
+    corrected = dict(zip(map(id, tests), holm([test.p for test in tests]).tolist(), strict=True))
     strictest = 1 - ALPHA / max(1, len(tests))
     found = []
     for key, outcome in outcomes.items():
