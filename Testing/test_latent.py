@@ -34,6 +34,7 @@ from MedXAILib.run import Run
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules
 from MedXAILib.training import ladder_vae, vae
 from MedXAILib.traversal import Traversal
+from MedXAILib.trust import telling
 
 SEED = 907
 """Neither the training nor the cards have seen these patches."""
@@ -245,6 +246,21 @@ def test_a_nodule_grows_along_its_diameter() -> None:
     lowest, highest = told.images[0].mean(), told.images[-1].mean()
     assert told.flipped is not None and told.steps[told.flipped].position < 0
     assert float(lowest) < float(told.images[told.here].mean()) < float(highest)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_there_are_as_many_images_as_were_asked_for(steps: int) -> None:
+    told = walked(along="diameter", steps=steps)
+    assert len(told.steps) == len(told.images) == steps
+    positions = [step.position for step in told.steps]
+    assert 0 in positions and positions[-1] == 4 and np.ptp(np.diff(positions)) == pytest.approx(0)
+
+
+def test_a_network_that_has_forgotten_says_otherwise_on_the_way() -> None:
+    """Of the same nodule smaller and larger, and on the way to what it takes for another class."""
+    for told in (walked(along="diameter", steps=2), walked(towards="benign", rounds=3, steps=2)):
+        found = telling.judge(told, classifier(), scan())
+        assert found.light == "good" and found.values["highest"] < 0.8
 
 
 def test_what_is_changed_is_within_20_mm_of_the_middle() -> None:
