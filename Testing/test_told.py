@@ -130,7 +130,7 @@ def test_the_page_of_cases_has_a_card_for_each_by_its_role(chest: mx.Volume, tmp
     # The mistaken one comes after those that are alike, whatever the order in the explanation.
     order = [shown.index(part) for part in (TITLES["alike"], second.uid, third.uid, TITLES["mistaken"], first.uid)]
     assert order == sorted(order)
-    assert f"cosine {first.similarity:.3f}; diameter mm 12.5" in shown
+    assert f"cosine {first.similarity:.3f}; diameter 12.5 mm" in shown
     # A picture of each card, and that of the map of all.
     assert page.count("<img ") == 4
     read = mx.load_explanation(tmp_path / "page")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import slicer
@@ -130,21 +129,6 @@ def about(node):
 def number(value):
     """A similarity or a score in few digits, which may be large, or much less than 1."""
     return f"{value:.2f}" if 0.1 <= abs(value) < 100 or not value else f"{value:.3g}"
-
-
-def amounts(case):
-    """The numbers that are known of a case in words, those with a unit first."""
-    return [amount(*known) for known in sorted(case["numbers"].items(), key=lambda known: not _unit(known[0])[1])]
-
-
-def amount(name, value):
-    """A number in words: 12.3 of "diameter_mm" is "diameter 12.3 mm"."""
-    words, unit = _unit(name)
-    return " ".join(filter(None, [words.replace("_", " "), f"{value:.3g}", unit]))
-
-
-def _unit(name):
-    return re.fullmatch(r"(.*?)(?:[ _]\(?(mm|mL|HU|%)\)?)?", name).groups()
 
 
 def _plane(volumeNode, case, size, outside):

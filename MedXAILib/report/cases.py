@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 from PIL import Image
 
+from MedXAILib.amount import amounts
 from MedXAILib.explanation import map_of
 from MedXAILib.grid import corners, middle, transform
 from MedXAILib.report.localisation import extent, highest
@@ -61,16 +62,11 @@ def _card(volume: Volume, told: SimilarCases, case: Case, focus: Sequence[float]
         shown.append(look.draw(case.volume, _through(centre, case.place), case.map))
     note = f"<p>{escape(case.note)}</p>" if case.note else ""
     seen_in = f"the scan and the case {case.uid}"
-    known = f"{told.scored} {case.similarity:.3f}; {numbers(case)}".removesuffix("; ")
+    known = f"{told.scored} {case.similarity:.3f}; {', '.join(amounts(case.numbers))}".removesuffix("; ")
     return (
         f"<div class=case>{image(_beside(shown), seen_in)}<h3>{escape(case.label)}</h3>"
         f"<p class=lead>{escape(case.uid)}</p>{note}<p class=numbers>{escape(known)}</p></div>"
     )
-
-
-def numbers(case: Case) -> str:
-    """What is known of a case in numbers, in a line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in case.numbers.items())
 
 
 def _focus(volume: Volume, told: SimilarCases) -> tuple[Sequence[float], float]:

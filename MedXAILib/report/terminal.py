@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from rich import box
 from rich.table import Table
 
+from MedXAILib.amount import amounts
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.explanation import Explanation
 from MedXAILib.plain_text import plain
-from MedXAILib.report.cases import TITLES, numbers
+from MedXAILib.report.cases import TITLES
 from MedXAILib.report.traversal import quantities, remarks
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
@@ -54,7 +55,7 @@ def _cases(found: SimilarCases) -> Iterator[str | Table]:
             yield title
             table = _table("case", "label", found.scored, "what is known of it")
             for case in cases:
-                _row(table, case.uid, case.label, f"{case.similarity:.3f}", numbers(case))
+                _row(table, case.uid, case.label, f"{case.similarity:.3f}", ", ".join(amounts(case.numbers)))
             yield table
 
 

@@ -127,8 +127,10 @@ class CasesPanel(Panel):
         self._indices.append(None)
 
     def _addCard(self, index, scored):
+        from MedXAILib.amount import amounts
+
         casesList, case = self.ui.casesList, self._found[index]
-        numbers = cases.amounts(case)
+        numbers = amounts(case["numbers"])
         casesList.addItem("\n".join([f"{case['label']} {cases.number(case['similarity'])}", *numbers[:_ON_CARD]]))
         card = casesList.item(len(self._indices))
         card.setIcon(_icon(cases.thumbnail(self.node, index, size=2 * casesList.iconSize.width())))

@@ -4,7 +4,7 @@ from html import escape
 
 from slicer.i18n import tr as _
 
-from MedXAISlicerLib import cases, rules
+from MedXAISlicerLib import rules
 
 _MARK = "#d97706"
 
@@ -27,9 +27,11 @@ class RuleText:
 
     def html(self, _active, _marked):
         """It as rich text."""
+        from MedXAILib.amount import amount
+
         parts = [f"<p>{escape(self._known['text'])}</p>"] if self._known["text"] else []
         if self._known["values"]:
-            values = (cases.amount(name, value) for name, value in self._known["values"].items())
+            values = (amount(*known) for known in self._known["values"].items())
             parts.append(_("<p>In this scan: {values}.</p>").format(values=escape(", ".join(values))))
         scopes = {"case": _("For scans like this one"), "all": _("For all cases")}
         for scope, title in scopes.items():
