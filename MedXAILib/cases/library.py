@@ -24,7 +24,7 @@ import numpy as np
 
 from MedXAILib.cases.recall import BEST, Sample
 from MedXAILib.cases.record import NAMES, Hit, Record
-from MedXAILib.cases.similarity import Metric, late_interaction, similarities
+from MedXAILib.cases.similarity import Metric, similarities
 from MedXAILib.errors import MedXAIError, NotInstalled, unknown
 
 if TYPE_CHECKING:
@@ -279,33 +279,6 @@ class Library:
             found = list(_records(query.to_arrow(), self.embedder))
         hits = [Hit(record, self.similarity(asked, record.vectors[space], space)) for record in found]
         return sorted(hits, key=_by_similarity)
-
-    def maxsim(
-        self,
-        vectors: np.ndarray,
-        k: int = 10,
-        first: int = 100,
-        where: Where | None = None,
-        not_patient: str | None = None,
-        embedder: str | None = None,
-    ) -> list[Hit]:
-        """The `k` cases whose regions are most similar to the regions `vectors` (R, K): by late interaction, the mean
-        over `vectors` of the cosine with the nearest region of the case, among the `first`
-        cases that are most similar to the mean of `vectors`.
-
-        Raises:
-            MedXAIError: as `search`.
-        """
-        asked = np.asarray(vectors, dtype=np.float32)
-        if asked.ndim != 2:
-            raise MedXAIError(f"Regions are (R, K), not {asked.shape}: give a vector for each.")
-        found = self.search(asked.mean(0), first, "plain", where, not_patient, embedder)
-        hits = [
-            Hit(hit.record, late_interaction(asked, hit.record.regions))
-            for hit in found
-            if hit.record.regions is not None and len(hit.record.regions)
-        ]
-        return sorted(hits, key=_by_similarity)[:k]
 
     def similarity(self, vector: np.ndarray, other: np.ndarray, space: str) -> float:
         """Of two vectors (K,) of `space`."""
