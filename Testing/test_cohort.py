@@ -343,8 +343,9 @@ def test_a_damaged_plan_is_said_to_be(table: Path, tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text(damaged, encoding="latin-1")
         with pytest.raises(mx.MedXAIError, match=r"plan\.json' is damaged"):
             read_plan(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps(wrong[1]), encoding="utf-8")
     answer = CliRunner().invoke(app, ["cohort", "status", str(tmp_path)])
-    assert answer.exit_code == 1 and "make the plan again" in answer.output
+    assert answer.exit_code == 1 and "damaged (subjects.0.region: Input should be a valid array)" in answer.output
 
 
 def test_a_participants_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
