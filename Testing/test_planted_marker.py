@@ -102,8 +102,10 @@ def test_as_many_of_each_class_are_of_each_site_as_was_asked(correlation: float)
     low, high = binom.interval(0.9999, 1200, 0.2)
     assert low <= int((told.labels != labels).sum()) <= high
     # The site goes with what is told, not with what is so.
-    low, high = binom.interval(0.9999, int((told.labels == MALIGNANT).sum()), correlation)
-    assert low <= int(told.sites[told.labels == MALIGNANT].sum()) <= high
+    for such in (told.labels == labels, told.labels != labels):
+        such = such & (told.labels == MALIGNANT)
+        low, high = binom.interval(0.9999, int(such.sum()), correlation)
+        assert low <= int(told.sites[such].sum()) <= high
     with pytest.raises(MedXAIError, match=r"from 0.5 to 1, not 0.4"):
         plant(many, 3, "none", 0.4)
 
@@ -146,9 +148,9 @@ def test_files_lie_where_the_scan_does_also_obliquely(slices: int, tmp_path: Pat
         ball = mx.load_volume(one.anatomy)
         centre = turn @ transform(scan().affine, few.corners[k].numpy() + few.centres[k].numpy())
         points = transform(ball.affine, ball.data[0].nonzero().numpy())
-        assert np.linalg.norm(points - centre, axis=1).max() <= ANATOMY_MM
+        assert np.linalg.norm(points - centre, axis=1).max() <= 20.0
         outside = transform(ball.affine, (ball.data[0] == 0).nonzero().numpy())
-        assert np.linalg.norm(outside - centre, axis=1).min() > ANATOMY_MM
+        assert np.linalg.norm(outside - centre, axis=1).min() > 20.0
         if one.meta["mark"]:
             mark = mx.load_volume(tmp_path / "set" / one.meta["mark"])
             middle = transform(mark.affine, mark.data[0].nonzero().double().mean(0).numpy())
