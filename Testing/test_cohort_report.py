@@ -30,7 +30,8 @@ from MedXAILib.report.cohort import page
 SITES = ("north", "<south>")
 GRID = (9, 14, 11)
 BRIGHT = (2, 3, 8)
-"""The voxel (d, h, w) where the mean is largest."""
+VARIED = (6, 9, 2)
+"""The voxels (d, h, w) where the mean and the variance are largest."""
 
 
 def subjects() -> list[Subject]:
@@ -67,7 +68,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     template = mx.Volume(torch.rand(1, *GRID, generator=torch.Generator().manual_seed(0)), affine)
     mean = torch.zeros(1, *GRID)
     mean[0, BRIGHT[0], BRIGHT[1], BRIGHT[2]] = 1.0
-    for name, values in {"gradcam-mean": mean, "gradcam-variance": mean / 2, "template": template.data}.items():
+    variance = torch.zeros(1, *GRID)
+    variance[0, VARIED[0], VARIED[1], VARIED[2]] = 0.5
+    for name, values in {"gradcam-mean": mean, "gradcam-variance": variance, "template": template.data}.items():
         sitk.WriteImage(mx.Volume(values, affine).to_sitk(), str(result / f"{name}.nrrd"))
     heads = ["group", "cases", "mean", "low", "high"]
     table(
@@ -149,16 +152,20 @@ def test_differences_are_ranked_by_q_and_counted(said: str) -> None:
 def test_the_picture_peaks_where_the_mean_does(cohort: tuple[Path, Path], said: str) -> None:
     alts = re.findall(r'<img alt="([^"]*)"', said)
     assert alts == ["Grad-CAM: mean of the maps", "Grad-CAM: variance of the maps"]
-    mean, variance = (Image.open(io.BytesIO(base64.b64decode(c))) for c in re.findall(r'base64,([^"]+)', said))
-    assert mean.size == variance.size
-    pixels = np.asarray(mean.convert("RGB")).astype(int)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(c))) for c in re.findall(r'base64,([^"]+)', said)]
+    for picture, voxel in zip(pictures, (BRIGHT, VARIED), strict=True):
+        peaks_at(picture, voxel)
+
+
+def peaks_at(picture: Image.Image, voxel: tuple[int, int, int]) -> None:
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
     # Three planes of 280 pixels and a gap of 10, the colours in the lower ones.
     orange = pixels[..., 0] - pixels[..., 2] > 90
     assert np.flatnonzero(orange[:, :870].any(1)).min() > pixels.shape[0] / 2
     columns = [np.flatnonzero(orange[:, i * 290 + 10 : i * 290 + 290].any(0)).mean() for i in range(3)]
     affine = oblique_affine((4.0, 3.0, 2.0))
     ends = np.array([affine @ [*(np.array(c) * (np.array(GRID) - 1)), 1] for c in np.ndindex(2, 2, 2)])[:, :3]
-    away = ((affine @ [*BRIGHT, 1])[:3] - (ends.min(0) + ends.max(0)) / 2) / np.ptp(ends, axis=0).max() * 280
+    away = ((affine @ [*voxel, 1])[:3] - (ends.min(0) + ends.max(0)) / 2) / np.ptp(ends, axis=0).max() * 280
     # The patient's right is on the left; the third plane is seen from the patient's left.
     assert columns == pytest.approx([140 - away[0], 140 - away[0], 140 - away[1]], abs=12)
 
