@@ -20,6 +20,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 import MedXAILib as mx
 from MedXAILib import resources
+from MedXAILib.engines.concept_vectors import Scan
 from MedXAILib.engines.counterfactual import otherwise
 from MedXAILib.engines.nodule_size import diameter
 from MedXAILib.errors import MedXAIError
@@ -31,7 +32,7 @@ from MedXAILib.networks.vae import VAE, Autoencoder
 from MedXAILib.report.localisation import centre
 from MedXAILib.request import recompute, tell
 from MedXAILib.run import Run
-from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, Nodules
+from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, SPACING_MM, Backgrounds, Nodules, synthesise
 from MedXAILib.training import ladder_vae, vae
 from MedXAILib.traversal import Traversal
 from MedXAILib.trust import telling
@@ -246,6 +247,38 @@ def test_a_nodule_grows_along_its_diameter() -> None:
     lowest, highest = told.images[0].mean(), told.images[-1].mean()
     assert told.flipped is not None and told.steps[told.flipped].position < 0
     assert float(lowest) < float(told.images[told.here].mean()) < float(highest)
+
+
+@cache
+def nodules() -> mx.Examples:
+    """Nodules in the lung of another patient; of each it is known whether it is large, and how a coin fell."""
+    drawn = synthesise(Backgrounds.training(), 90, seed=12)
+    kept = drawn.labels > 0
+    # The patches are along R, A and S.
+    affine = np.diag([*[SPACING_MM] * 3, 1.0])
+    middle = tuple(transform(affine, np.full(3, 19.5)))
+    scans = [Scan(mx.Volume(1400 * image - 1000, affine), middle) for image in drawn.images[kept]]
+    sizes = drawn.attributes[kept][:, ATTRIBUTES.index("diameter_mm")].numpy()
+    large = np.where(sizes > 16, 1, np.where(sizes < 11, 0, np.nan))
+    return mx.Examples(scans, {"large": large, "coin": np.random.default_rng(3).permutation(len(scans)) % 2})
+
+
+def test_examples_say_what_the_generator_was_not_told() -> None:
+    """The direction of their sizes makes nodules larger, as what is shown measures."""
+    told = walked(along="large", examples=nodules(), steps=4)
+    assert told.along == "along large" and "are told by their codes: large" in " ".join(told.provenance.notes)
+    # Of an even number one less is behind the scan.
+    assert [step.position for step in told.steps] == pytest.approx([-2, 0, 2, 4])
+    seen = ((told.images[:, 4:36, 4:36, 4:36] + 1000) / 1400).numpy()
+    sizes = [diameter(one, (1.25,) * 3) for one in seen]
+    assert sizes == sorted(sizes) and sizes[-1] > sizes[0] + 2
+    own = along("diameter")
+    a, b = ((walk.images[-1] - walk.images[walk.here]).flatten() for walk in (told, own))
+    assert float(torch.cosine_similarity(a, b, dim=0)) > 0.5
+    with pytest.raises(MedXAIError, match="coin"):
+        walked(along="coin", examples=nodules())
+    with pytest.raises(MedXAIError, match="did you mean large"):
+        walked(along="lareg", examples=nodules())
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8])
