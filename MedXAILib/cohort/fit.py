@@ -160,7 +160,7 @@ class _Level:
         """B-splines between the template and the linear transform `before`."""
         method = self._method()
         splines = sitk.BSplineTransformInitializer(self.fixed, [_CELLS] * 3)
-        method.SetOptimizerAsLBFGSB(1e-5, 50, 5, 100)
+        method.SetOptimizerAsLBFGSB(1e-5, 25, 5, 35)
         method.SetMovingInitialTransform(before)
         method.SetInitialTransform(splines, inPlace=True)
         method.SetShrinkFactorsPerLevel([2, 1])
