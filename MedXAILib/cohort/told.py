@@ -93,7 +93,7 @@ def _of_concepts(case: Known, told: ConceptScores) -> Iterator[Said]:
 
 
 def _of_caption(case: Known, told: Caption) -> Iterator[Said]:
-    for word in {word.text.lower(): word for word in told.words}.values():
+    for word in told.words:
         sure = {} if word.confidence is None else {"confidence": word.confidence}
         yield Said("word", word.text.lower(), 1.0, more=sure, example=word.confidence, share=True)
 
