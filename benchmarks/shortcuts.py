@@ -397,8 +397,14 @@ A share p of the malignant nodules is of site B, and 1 - p of everything else. A
 class.
 
 ```python
-planted = synthesise(Backgrounds.test(), 120, seed=1, mark="tag", correlation=0.9)
-table = write(planted, Backgrounds.test(), Path("planted"))   # scans, masks and cases.csv, for medxai cohort plan
+planted = synthesise(Backgrounds.test(), 120, seed=1, mark="tag", correlation=0.8)
+write(planted, Backgrounds.test(), Path("planted"))  # scans, masks and cases.csv
+```
+
+```sh
+medxai cohort plan study --model retrained/lung_nodule_shortcut --data planted/cases.csv --method hirescam
+medxai cohort run  study
+medxai audit       study --by site
 ```
 
 ## The networks, and how far they go by the mark
