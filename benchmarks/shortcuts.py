@@ -402,7 +402,8 @@ write(planted, Backgrounds.test(), Path("planted"))  # scans, masks and cases.cs
 ```
 
 ```sh
-medxai cohort plan study --model retrained/lung_nodule_shortcut --data planted/cases.csv --method hirescam
+MODEL=Resources/Models/retrained/lung_nodule_shortcut
+medxai cohort plan study --model $MODEL --data planted/cases.csv --method hirescam
 medxai cohort run  study
 medxai audit       study --by site
 ```
