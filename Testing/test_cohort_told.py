@@ -397,7 +397,7 @@ def nodules(folder: Path, count: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return nodules(tmp_path_factory.mktemp("examples") / "known", 48, 3)
+    return nodules(tmp_path_factory.mktemp("examples") / "known", 66, 3)
 
 
 def test_real_nodules_go_all_the_way(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_rules_ask_about_the_cases_of_a_table_once(known: Path) -> None:
     assert isinstance(first, mx.RuleSet) and isinstance(second, mx.RuleSet)
     assert first.rules == second.rules and first.provenance.notes == second.provenance.notes
     # But for what is asked of the scan itself.
-    assert first.provenance.forwards - second.provenance.forwards == 48
+    assert first.provenance.forwards - second.provenance.forwards == 66
 
 
 def test_maps_need_a_template_and_what_is_told_is_written_anyway(tmp_path: Path) -> None:
