@@ -200,7 +200,8 @@ def test_bars_are_as_long_as_what_they_say(pages) -> None:
 def test_lights_have_their_colours(pages) -> None:
     text = b"".join(sheet.get_contents().get_data() for sheet in read(pdf(pages["map"])).pages).decode("latin-1")
     used = {tuple(map(float, found)) for found in re.findall(r"([\d.]+) ([\d.]+) ([\d.]+) rg", text)}
-    for _, colour in COLOURS.values():
+    # And what warns has the colour of a light screen, not of a dark one.
+    for colour in (*(colour for _, colour in COLOURS.values()), "#8a4b00"):
         meant = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert any(np.allclose(meant, other, atol=1e-3) for other in used)
 
@@ -220,8 +221,11 @@ def test_nothing_lies_outside_the_sheet() -> None:
     heads = "".join(f"<th>heading {i}</th>" for i in range(24))
     cells = "".join(f"<td class=number>0.57 ± {i}.25</td>" for i in range(24))
     words = f"<table><tr><th>{'x' * 900}</th><td>{'word ' * 3000}</td><td>{'y' * 4000}</td></tr></table>"
-    text = document("Wide", [f"<h1>{'w' * 300}</h1><table><tr>{heads}</tr><tr>{cells}</tr></table>", words, "z" * 9000])
+    text = document(
+        "Wide", [f"<h1>{'w' * 3300}</h1><table><tr>{heads}</tr><tr>{cells}</tr></table>", words, "z" * 9000]
+    )
     reader, seen = read(pdf(text)), []
+    assert [len(one.title) for one in reader.outline] == [3300]
 
     def see(said, on, at, *_) -> None:
         # Where a line begins, in the coordinates of the text, and these in those of the sheet.
