@@ -71,6 +71,16 @@ def fit(scan: Volume, template: Volume, kind: str = "affine", mask: Volume | Non
     """
     if kind not in KINDS:
         raise unknown("kind of registration", kind, KINDS)
+    # What several threads add up depends on how they share it.
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        return _fit(scan, template, kind, mask, seed)
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+def _fit(scan: Volume, template: Volume, kind: str, mask: Volume | None, seed: int) -> Fit:
     fixed, moving, inside = _image(template), _image(scan), None if mask is None else _image(mask)
     coarse, *finer = (_level(fixed, moving, inside, *of, seed) for of in zip(_GRIDS, _ITERATIONS, strict=True))
     linear = max((coarse.improved(start) for start in coarse.starts()), key=coarse.rank)
@@ -196,8 +206,6 @@ class _Level:
 
     def _method(self) -> sitk.ImageRegistrationMethod:
         method = sitk.ImageRegistrationMethod()
-        # What several threads add up depends on how they share it.
-        method.SetNumberOfThreads(1)
         method.SetMetricAsMattesMutualInformation(_BINS)
         method.SetInterpolator(sitk.sitkLinear)
         share = _SAMPLES / self.fixed.GetNumberOfPixels()
