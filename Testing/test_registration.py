@@ -135,13 +135,13 @@ def test_a_known_move_of_a_chest_is_found_again(
         assert 0 < found.quality["jacobian_low"] < 1 < found.quality["jacobian_high"]
 
 
-def test_one_contrast_is_brought_to_another() -> None:
+def test_what_is_nearly_symmetric_is_not_taken_for_found() -> None:
+    # Ellipsoids in another contrast: the optimum lies some mm from where they belong, and mirror images do as well.
     template, other = phantom((40, 90, 20, 160), 4), phantom((200, 60, 150, 10), 6)
     truth = moved("affine", template)
     on = seen(template, oblique(template, (4.0, 4.5, 5.0), (0.1, 0, -0.1)), truth)
     found = fit(seen(other, oblique(other, (4.4, 4.0, 4.6), (0, 0.2, 0.1))), on)
-    apart = missed(found.transform, truth, on, 60)
-    assert not found.reason and apart.mean() < 0.5 and apart.max() < 1.2
+    assert missed(found.transform, truth, on, 60).mean() > 2 and "turned about" in found.reason
 
 
 def test_the_same_comes_out_again(chest: sitk.Image, scan: mx.Volume) -> None:
