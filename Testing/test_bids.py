@@ -25,6 +25,7 @@ from MedXAILib.cli import app
 from MedXAILib.cohort.plan import Subject, make_plan
 from MedXAILib.cohort.work import RESULTS, write_receipt
 from MedXAILib.export.bids import label, write_bids
+from MedXAILib.export.made_by import without_folders
 from MedXAILib.export.rows import COLUMNS, regions, rows, write_table
 from MedXAILib.registry import EXPLAINERS
 
@@ -257,6 +258,19 @@ def test_nothing_says_where_it_was_made(tmp_path: Path) -> None:
     about = said(out / "sub-case" / "anat" / "sub-case_desc-gradcamMarker_attrmap.json")
     assert about["Parameters"] == {"library": "cases", "tables": ["a.csv", 3], "layer": "shape/1"}
     assert about["Notes"] == ["Left out: 'scan 1.nrrd' is constant."]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("in '/home/o'brien/x 1.nrrd': it's constant", "in 'x 1.nrrd': it's constant"),
+        ("'C:\\Users\\Jane Doe\\ct\\' and '\\\\server\\jane\\ct'", "'ct' and 'ct'"),
+        ('/home/jane/x.nrrd has NaN; "D:/jane/y" (/jane/z)', 'x.nrrd has NaN; "y" (z)'),
+        ("5 mm/s, 60 /min, 1 / 2, a/b/c, '/', https://a.b/c", "5 mm/s, 60 /min, 1 / 2, a/b/c, '/', https://a.b/c"),
+    ],
+)
+def test_paths_in_sentences_lose_their_folders(text: str, left: str) -> None:
+    assert without_folders(text) == left
 
 
 def test_another_data_set_is_not_replaced(tmp_path: Path) -> None:

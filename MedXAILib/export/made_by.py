@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from highdicom.sr import CodedConcept
 
 _SCHEME = "99MEDXAI"
+_ROOT = r"(?:/|[A-Za-z]:[\\/]|\\\\)"
+# An apostrophe in a name ("O'Brien") does not end what is quoted.
+_PATH = re.compile(rf"(?<='){_ROOT}(?:[^']|'(?=\w))*(?=')|(?<![\w.:/\\]){_ROOT}[^\s'\"]*[\\/][^\s'\"]*")
 
 
 def equipment(made: Provenance) -> dict[str, Any]:
@@ -60,8 +63,8 @@ def algorithm(made: Provenance) -> AlgorithmIdentificationSequence:
 
 
 def without_folders(text: str) -> str:
-    """`text` with the paths that it quotes by their last name alone."""
-    return re.sub(r"'(?:/|[A-Za-z]:[\\/]|\\\\)[^']*[\\/]([^'\\/]+)'", r"'\1'", text)
+    """`text` with the absolute paths in it, quoted or free of spaces, by their last name alone."""
+    return _PATH.sub(lambda found: PureWindowsPath(found[0]).name or found[0], text)
 
 
 def placeless(value: Any) -> Any:
