@@ -23,8 +23,8 @@ MODULE = sorted((ROOT / "MedXAI").rglob("*.py"))
 
 # slicer, qt, vtk and the rest of science are not among them: the library has to run anywhere.
 THIRD_PARTY = set("PIL SimpleITK monai numpy psutil pydantic rich safetensors scipy sklearn torch typer".split())
-# The extras `cases`, `cohort` and `dicom`, imported only where they are needed.
-THIRD_PARTY |= {"lancedb", "pyarrow", "dask", "dask_jobqueue", "distributed", "highdicom", "pydicom"}
+# The extras `cases`, `cohort`, `dicom` and `pdf`, imported only where they are needed.
+THIRD_PARTY |= {"lancedb", "pyarrow", "dask", "dask_jobqueue", "distributed", "highdicom", "pydicom", "reportlab"}
 
 # What Slicer brings and loads fast; qt and ctk are there in the application only.
 OF_SLICER = {"SimpleITK", "numpy", "slicer", "vtk"}
@@ -32,7 +32,7 @@ OF_THE_APPLICATION = {"ctk", "qt", "slicer.ScriptedLoadableModule", "slicer.i18n
 # What of the library may be imported into Slicer's process: not what needs PyTorch.
 WITHOUT_TORCH = {
     "MedXAILib",
-    *(f"MedXAILib.{name}" for name in ("client", "errors", "hotspots", "protocol", "resources", "rule")),
+    *(f"MedXAILib.{name}" for name in ("amount", "client", "errors", "hotspots", "protocol", "resources", "rule")),
     *(f"MedXAILib.report.{name}" for name in ("interval", "residuals")),
     *(f"MedXAILib.study.{name}" for name in ("design", "journal")),
     "MedXAILib.textual.intervention",
