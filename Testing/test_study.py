@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import random
 import re
 import subprocess
@@ -12,6 +14,7 @@ from collections import Counter
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from MedXAILib.cli import app
 from MedXAILib.study.allocation import imbalances, table, trials, williams
 from MedXAILib.study.design import Study, read_study
 from MedXAILib.study.journal import Journal
-from MedXAILib.study.results import Reading, alpha, readings, summary, write
+from MedXAILib.study.results import Reading, _auc, alpha, readings, summary, write
 
 ARMS = ("none", "ai", "ai+map", "ai+placebo")
 
@@ -218,6 +221,24 @@ def test_wherever_a_journal_is_cut_off_only_the_last_line_is_lost(tmp_path: Path
         assert sorted(Journal(made, "r1", tmp_path).answered) == [0, 1, 2, 3, 4]
 
 
+def test_what_a_full_disk_took_after_all_is_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some disks say that they are full only when the whole line was handed over."""
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = study(tmp_path, kind="split")
+    journal = Journal(made, "r1", tmp_path)
+    trial = journal.trials[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(mx.MedXAIError, match=r"No space left on device.*: nothing was answered"):
+            journal.answer(trial, "benign", 50, 1)
+    assert journal.answered == {} == Journal(made, "r1", tmp_path).answered
+    journal.answer(trial, "malignant", 60, 2)
+    assert Journal(made, "r1", tmp_path).answered[0]["answer"] == "malignant"
+
+
 def test_a_changed_journal_and_another_design_are_refused(tmp_path: Path) -> None:
     made = study(tmp_path, kind="split")
     answer_all(Journal(made, "r1", tmp_path), 5)
@@ -225,6 +246,9 @@ def test_a_changed_journal_and_another_design_are_refused(tmp_path: Path) -> Non
     whole = path.read_text(encoding="utf-8")
     path.write_text(whole.replace('"confidence": 80', '"confidence": 99', 1), encoding="utf-8")
     with pytest.raises(mx.MedXAIError, match=r"Line 4 .* does not follow"):
+        Journal(made, "r1", tmp_path)
+    path.write_text(f"{whole}5\n", encoding="utf-8")
+    with pytest.raises(mx.MedXAIError, match=r"Line \d+ .* does not follow"):
         Journal(made, "r1", tmp_path)
     path.write_text(whole, encoding="utf-8")
     with pytest.raises(mx.MedXAIError, match="begun with another design"):
@@ -310,6 +334,28 @@ def area(rows: list[Reading], reader: str) -> float:
     own = [r for r in rows if r.reader == reader]
     signed = [r.confidence if r.answer == "malignant" else -r.confidence for r in own]
     return float(roc_auc_score([r.truth == "malignant" for r in own], signed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_areas_of_readers_who_were_drawn_count_by_how_often_and_by_how_much_they_read(seed: int) -> None:
+    """In a bootstrap answers count 0, 1, 2 ... times. Ratings are tied, and readers read unequally many cases."""
+    random_ = np.random.default_rng(seed)
+    rows = [
+        SimpleNamespace(reader=reader, truth=("benign", "malignant")[i % 3 == 0], rating=float(rating))
+        for reader, count in (("r1", 9), ("r2", 20), ("r3", 30))
+        for i, rating in enumerate(random_.integers(-3, 4, count))
+    ]
+    weights = random_.integers(0, 3, len(rows)).astype(float)
+    areas, much = [], []
+    for reader in ("r1", "r2", "r3"):
+        own = [i for i, row in enumerate(rows) if row.reader == reader]
+        truth, ratings = [rows[i].truth == "malignant" for i in own], [rows[i].rating for i in own]
+        areas.append(roc_auc_score(truth, ratings, sample_weight=weights[own]))
+        much.append(weights[own].sum())
+    assert _auc(rows, weights, "malignant") == pytest.approx(np.dot(areas, much) / np.sum(much))
+    # Who saw none that had something, as drawn, says nothing.
+    weights[:9] = [0, 1, 1] * 3
+    assert _auc(rows, weights, "malignant") == pytest.approx(np.dot(areas[1:], much[1:]) / np.sum(much[1:]))
 
 
 def test_what_is_said_of_an_arm_is_so(tmp_path: Path) -> None:

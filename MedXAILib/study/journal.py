@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            # A part of the line may be there.
-            self._break, self._size = "\n", self._on_disk()
+            # All of the line may be there, or a part. What no one was told of goes again.
+            with suppress(OSError):
+                os.truncate(self.path, self._size)
+            if self._on_disk() != self._size:
+                self._break, self._size = "\n", self._on_disk()
             raise MedXAIError(f"'{self.path}' cannot be written ({error.strerror}): nothing was answered.") from error
         self.events.append(line)
         self._last, self._break, self._size = _hash(text), "", self._on_disk()
@@ -148,7 +152,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], str]:
         except ValueError:
             # Cut off by a crash: what comes next follows the line before.
             continue
-        if event.get("after") != last:
+        if not isinstance(event, dict) or event.get("after") != last:
             raise MedXAIError(
                 f"Line {number} of '{path}' does not follow the line before it: the journal was changed, or two "
                 "programs wrote it at once. Take a copy of before."
