@@ -217,6 +217,22 @@ def test_too_few_cases_are_no_good_sign() -> None:
     assert one.values["detectable"] > one.values["least"]
 
 
+def test_no_sign_is_said_only_where_it_would_have_been_seen_at_every_site() -> None:
+    """Site C has few cases: what would stand out at A and B does not there."""
+    groups = grouped(["A"] * 200 + ["B"] * 200 + ["C"] * 8, np.arange(408) % 2, draws=999)
+    found = groups.contrast(np.random.default_rng(0).normal(size=(408, 1)))
+    chance = np.abs(groups.contrasts(np.random.default_rng(0).normal(size=(408, 1)))[1:, 2, 0])
+    assert np.quantile(found.null, 0.95) >= np.quantile(chance, 0.95)
+    assert np.quantile(chance, 0.95) > 0.5
+
+
+def test_what_is_large_and_may_be_chance_is_no_good_sign() -> None:
+    """99 draws cannot tell anything from chance once it is corrected for all that is asked."""
+    found = audit(cohort(160, 0.8, planted=True, used=True, seed=0), draws=99)
+    assert all(one.values["effect"] > one.values["least"] for one in found.findings)
+    assert set(lights(found).values()) == {None}
+
+
 def test_what_is_sure_and_small_is_no_alarm() -> None:
     whole = cohort(80, 0.5, planted=False, used=False, seed=0)
     from_b = np.array(whole.columns["site"]) == "site B"

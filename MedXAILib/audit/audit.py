@@ -171,9 +171,11 @@ def _findings(outcomes: Mapping[str, Outcome], known: bool) -> list[Finding]:
 
 def _light(test: Test, q: float, strictest: float, known: bool) -> Light | None:
     """Poor or fair for what is neither chance nor small; good when what is not small would have been seen."""
-    if q <= ALPHA and test.effect >= test.least:
-        return "poor" if test.alarms and known else "fair"
-    return "good" if np.quantile(test.null, strictest) <= test.least else None
+    if test.effect < test.least:
+        return "good" if np.quantile(test.null, strictest) <= test.least else None
+    if q > ALPHA:
+        return None
+    return "poor" if test.alarms and known else "fair"
 
 
 def _worst(lights: Sequence[Light | None]) -> Light | None:

@@ -23,7 +23,8 @@ _LEAST = 5.0
 @dataclass(frozen=True, eq=False)
 class Contrast:
     """Of the group called `group`, how much more it has than the others of its class (`effect`), of column `column` of
-    what was measured; how often chance gives as much (`p`), and what it gave (`null`)."""
+    what was measured; how often chance gives as much (`p`), and what it gave of the largest of all (`null`), as large as
+    it is where chance makes most of it."""
 
     group: str
     column: int
@@ -123,6 +124,5 @@ class Groups:
         apart = np.nan_to_num(apart).reshape(len(found), -1)
         group, column = np.unravel_index(int(apart[0].round(9).argmax()), found.shape[1:])
         most = apart.max(1)
-        effect = found[:, group, column]
-        name = self.names[int(group)]
-        return Contrast(name, int(column), float(effect[0]), exceeded(most[0], most[1:]), np.abs(effect[1:]))
+        effect, p = float(found[0, group, column]), exceeded(most[0], most[1:])
+        return Contrast(self.names[int(group)], int(column), effect, p, most[1:] * np.nanmax(spread))
