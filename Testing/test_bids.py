@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import ntpath
 import os
 import re
 import shutil
@@ -138,7 +139,7 @@ def test_labels_are_legal_and_nobody_elses() -> None:
     assert label("lime", "x01234567") != "limeX01234567"
 
 
-def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path) -> None:
+def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = scan_in_bids(tmp_path / "secret" / "raw")
     other = scan_in_bids(tmp_path / "secret" / "raw", "sub-01/ses-a/anat/sub-01_ses-a_run-2_T2w.nii.gz")
     again = replace(subject, uid="second nodule")
@@ -163,6 +164,10 @@ def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path) -> None:
         linked = write_bids([(other, a_map())], out)
         (path,) = linked.rglob("*_attrmap.json")
         assert said(path)["Sources"] == ["bids:source:sub-01/ses-a/anat/sub-01_ses-a_run-2_T2w.nii.gz"]
+    # From one drive of Windows there is no way to another.
+    with monkeypatch.context() as two_drives:
+        two_drives.setattr("os.path.relpath", lambda *_: ntpath.relpath("D:\\raw", "C:\\out"))
+        assert "DatasetLinks" not in said(write_bids([(subject, a_map())], out) / "dataset_description.json")
     # From elsewhere, the way there would say where it was made.
     far = said(write_bids([(subject, a_map())], tmp_path / "out") / "dataset_description.json")
     assert "DatasetLinks" not in far and far["SourceDatasets"] == [{"DOI": "doi:10.1/x"}]
@@ -171,13 +176,16 @@ def test_a_scan_of_a_bids_data_set_keeps_its_names(tmp_path: Path) -> None:
 def test_whose_cases_they_are_is_said(tmp_path: Path) -> None:
     cases = [
         Subject("Doe, Jane", ("a.nrrd",), meta={"site": "north", "label": "x"}),
-        Subject("nodule-1", ("b.nrrd",), meta={"patient": "p7", "age": "61"}),
-        Subject("nodule-2", ("b.nrrd",), meta={"patient": "p7", "age": "61"}),
+        Subject("nodule-1", ("b.nrrd",), meta={"patient": "p7", "age": "61", "side": "left"}),
+        Subject("nodule-2", ("b.nrrd",), meta={"patient": "p7", "age": "61", "side": "right"}),
     ]
     out = write_bids([(case, a_map(i)) for i, case in enumerate(cases)], tmp_path / "out")
     people = {row["uid"]: row for row in table(out / "participants.tsv")}
     assert list(people) == ["Doe, Jane", "nodule-1; nodule-2"]
-    assert people["nodule-1; nodule-2"]["site"] == "n/a" and people["Doe, Jane"]["label"] == "x"
+    assert people["nodule-1; nodule-2"]["site"] == "n/a" and people["nodule-1; nodule-2"]["age"] == "61"
+    # One value of two would be said of both.
+    assert "side" not in people["nodule-1; nodule-2"]
+    assert people["Doe, Jane"]["label"] == "x"
     first = next(iter(table(out / "participants.tsv")[0]))
     assert first == "participant_id" and people["nodule-1; nodule-2"]["participant_id"] == "sub-p7"
     maps = list((out / "sub-p7").rglob("*_attrmap.json"))

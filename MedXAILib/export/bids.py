@@ -239,13 +239,19 @@ def _nested(one: SaliencyMap, found: Iterable[HotSpot]) -> np.ndarray:
 
 
 def _participant(name: str, cases: list[Subject]) -> Row:
-    known = {k: v for k, v in cases[0].meta.items() if k not in ("participant_id", "uid")}
+    # What differs between scans is not the participant's.
+    alike = {k: v for k, v in cases[0].meta.items() if all(one.meta.get(k) == v for one in cases)}
+    known = {k: v for k, v in alike.items() if k not in ("participant_id", "uid")}
     return {"participant_id": name, "uid": "; ".join(dict.fromkeys(one.uid for one in cases)), **placeless(known)}
 
 
 def _link(root: Path, folder: Path) -> str | None:
     """The way from the data set in `folder` to that in `root`, if it names no more than the latter's own folder."""
-    way = Path(os.path.relpath(root, folder))
+    try:
+        way = Path(os.path.relpath(root, folder))
+    except ValueError:
+        # They are on two drives of Windows.
+        return None
     return way.as_posix() if set(way.parts[:-1]) <= {".."} else None
 
 
