@@ -222,7 +222,9 @@ def test_what_fits_nowhere_is_refused_and_the_rest_goes_on(
 
     planned(table, tmp_path, gradient={})
     monkeypatch.setattr(work, "_explained", too_large)
-    assert compute(tmp_path, device="cuda") == {"refused": 7} and asked == ["cuda", "cpu"] * 7
+    assert compute(tmp_path, device="cuda") == {"refused": 7}
+    # The damaged one is never asked of a network.
+    assert asked == ["cuda", "cpu"] * 6
 
 
 def test_what_another_program_did_meanwhile_stays(
@@ -282,11 +284,26 @@ def test_a_scan_that_was_replaced_is_explained_again(tmp_path: Path, monkeypatch
     known = receipt(tmp_path / "cohort", units["case-3"])
     assert known is not None and known["volume"] == mx.load_volume(other).fingerprint
     # That which is as it was is read once, and not again.
+    work._fingerprint.cache_clear()
     monkeypatch.setattr(work, "load_volume", None)
     assert compute(tmp_path / "cohort") == {} and verify(tmp_path / "cohort") == []
     monkeypatch.undo()
     sitk.WriteImage(there, str(whole))
     assert verify(tmp_path / "cohort") == [units["case-2"]] == todo(tmp_path / "cohort")
+
+
+def test_scans_with_other_times_are_read_once_and_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after a copy, on another file system, or where clocks go otherwise.
+    table = scans(tmp_path / "scans", 4)
+    planned(table, tmp_path / "cohort")
+    compute(tmp_path / "cohort")
+    for file in (tmp_path / "scans").glob("*.nrrd"):
+        moved(file)
+    read = []
+    monkeypatch.setattr(work, "load_volume", lambda file: read.append(file) or mx.load_volume(file))
+    # Neither the damaged one nor the constant one, which were refused, is another now.
+    assert state(tmp_path / "cohort").replaced == 0 and compute(tmp_path / "cohort") == {}
+    assert len(read) == len(set(read)) == 4
 
 
 def test_files_of_a_series_are_looked_at_one_by_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,13 +53,15 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
     # Before it is read: what is replaced while it is read looks replaced.
     told: dict[str, Any] = {"scan": stamp(unit.subject.volume)}
     try:
+        volume = scan_of(unit.subject.volume)
+        told["volume"] = volume.fingerprint
         try:
-            found = _explained(plan, unit, model, device)
+            found = _explained(plan, unit, model, volume, device)
         except OutOfMemory:
             if device in (None, "cpu"):
                 raise
             told["note"] = f"Out of memory on {device}: computed on the CPU."
-            found = _explained(plan, unit, model, "cpu")
+            found = _explained(plan, unit, model, volume, "cpu")
     except MedXAIError as error:
         refused = {"status": "refused", "reason": str(error), "attempt": attempt}
         return write_receipt(Path(folder), unit, told | refused)
@@ -71,7 +73,6 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
     told |= {
         "status": "done",
         "digest": digest(place),
-        "volume": made.volume["fingerprint"],
         "target": made.target_label,
         "files": fingerprints(unit.method, made.parameters),
         "device": made.device,
@@ -100,8 +101,7 @@ def _put(fresh: Path, place: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _explained(plan: Plan, unit: Unit, model: Model, device: str | None) -> Explanation:
-    volume = scan_of(unit.subject.volume)
+def _explained(plan: Plan, unit: Unit, model: Model, volume: Volume, device: str | None) -> Explanation:
     asked = unit.subject.target
     target = int(asked) if asked is not None and asked.isdecimal() else asked
     run = Run(device=device, seed=plan.seed)
@@ -138,10 +138,16 @@ def replaced(unit: Unit, known: dict[str, Any]) -> bool:
     now = stamp(unit.subject.volume)
     if now in (None, known.get("scan", now)):
         return False
+    return _fingerprint(unit.subject.volume, now) != known.get("volume")
+
+
+@cache
+def _fingerprint(files: Sequence[str], _stamp: str | None) -> str | None:
+    """That of the scan in `files`, read once for all that is asked of it; None of one that cannot be read."""
     try:
-        return scan_of(unit.subject.volume).fingerprint != known.get("volume")
+        return scan_of(files).fingerprint
     except MedXAIError:
-        return True
+        return None
 
 
 def digest(place: Path) -> str:
