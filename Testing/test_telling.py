@@ -183,20 +183,24 @@ class Halves(nn.Module):
         return answer
 
 
+def halves(folder: Path) -> tuple[mx.Model, str, mx.Volume, str]:
+    """A network of `Halves`, a table of cases with what it says, the last of its scans, and what is known of that."""
+    rows = []
+    for i, (a, b) in enumerate(np.random.default_rng(0).uniform(-1, 1, (80, 2))):
+        volume = mx.Volume(torch.tensor([a, b]).reshape(1, 1, 1, 2).float(), np.eye(4))
+        sitk.WriteImage(volume.to_sitk(), str(folder / f"{i}.nrrd"))
+        rows.append(f"{i}.nrrd,{a},{b},{'high' if a > 0 else 'low'}")
+    table = folder / "cases.csv"
+    table.write_text("\n".join(["volume,a,b,said", *rows]), encoding="utf-8")
+    return mx.Model(Halves(), class_names=("low", "high")), str(table), volume, f"a={a}, b={b}"
+
+
 def test_rules_are_asked_of_the_network_that_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the table has of the former network stays the same, and would make the same rules."""
-    model = mx.Model(Halves(), class_names=("low", "high"))
-    halves = np.random.default_rng(0).uniform(-1, 1, (80, 2))
-    rows = []
-    for i, (a, b) in enumerate(halves):
-        volume = mx.Volume(torch.tensor([a, b]).reshape(1, 1, 1, 2).float(), np.eye(4))
-        sitk.WriteImage(volume.to_sitk(), str(tmp_path / f"{i}.nrrd"))
-        rows.append(f"{i}.nrrd,{a},{b},{'high' if a > 0 else 'low'}")
-    table = tmp_path / "cases.csv"
-    table.write_text("\n".join(["volume,a,b,said", *rows]), encoding="utf-8")
-    told = mx.tell(model, volume, "rules", table=str(table), values=f"a={a}, b={b}")
+    model, table, volume, values = halves(tmp_path)
+    told = mx.tell(model, volume, "rules", table=table, values=values)
     assert isinstance(told, mx.RuleSet) and {c.feature for rule in told.rules for c in rule.conditions} == {"a"}
-    asked_anew = mx.tell(model, volume, "rules", table=str(table), values=f"a={a}, b={b}", anew=True)
+    asked_anew = mx.tell(model, volume, "rules", table=table, values=values, anew=True)
     assert isinstance(asked_anew, mx.RuleSet) and asked_anew.rules == told.rules
     found = telling.judge(told, model, volume)
     assert found.values["likeness"] < 0.8 and found.light != "poor"
@@ -207,10 +211,23 @@ def test_rules_are_asked_of_the_network_that_has_forgotten(tmp_path: Path, monke
     with torch.no_grad():
         silent.head.weight.zero_()
         silent.head.bias.copy_(torch.tensor([1.0, 0.0]))
-    none = mx.tell(mx.Model(silent, class_names=("low", "high")), volume, "rules", table=str(table), anew=True)
+    none = mx.tell(mx.Model(silent, class_names=("low", "high")), volume, "rules", table=table, anew=True)
     assert isinstance(none, mx.RuleSet) and none.rules == () and none.text == "The network says low of every case."
     assert telling.likeness(told, none) == 0
     assert telling.judge(none, mx.Model(silent, class_names=("low", "high")), volume).light is None
+
+
+def test_what_a_network_said_before_it_learnt_more_is_asked_again(tmp_path: Path) -> None:
+    model, table, volume, _ = halves(tmp_path)
+    about = []
+    for half in (0, 1):
+        with torch.no_grad():
+            model.network.body.weight.copy_(torch.eye(2)[half].expand(8, 2))
+        told = [mx.tell(model, volume, "rules", table=table, anew=True) for _ in range(2)]
+        # The scan twice, and each case once.
+        assert [one.provenance.forwards for one in told] == [82, 2]
+        about.append({c.feature for rule in told[1].rules for c in rule.conditions})
+    assert about == [{"a"}, {"b"}]
 
 
 def made(asked: tuple[mx.Model, mx.Volume]) -> mx.Provenance:

@@ -145,7 +145,7 @@ class Rules(LibraryMethod):
         changed = [scan.stat().st_mtime_ns for scan in scans if scan.exists()]
         source = (repr(rows), *changed) if library is None else (library.path, library.version)
         known = _KNOWN.setdefault(question.model, {})
-        key = source, named is not None, self.anew
+        key = fingerprint(question.model), source, named is not None, self.anew
         if key not in known:
             left: list[str] = []
             held = None if library is None else self._held(question, named, library, left)
