@@ -12,9 +12,20 @@ from MedXAILib.errors import MedXAIError
 
 
 def write_rows(path: Path, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file, UTF-8."""
+    """Write a CSV file, UTF-8, in which no text is a formula."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([heads, *rows])
+        csv.writer(file).writerows([inert(cell) for cell in row] for row in [heads, *rows])
+
+
+def inert(cell: object) -> object:
+    """Text that spreadsheets would compute, as a formula, behind an apostrophe: names may be a stranger's."""
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 @dataclass(frozen=True)

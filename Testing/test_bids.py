@@ -226,6 +226,23 @@ def test_tables_say_what_the_explanations_do(tmp_path: Path) -> None:
     assert set(flat[0]) - set(COLUMNS) == {"p", "score (its own)", "score of benign", "error"}
 
 
+def test_no_name_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    # As OWASP has it: text that begins so is computed, and may reach other files, pages and programs.
+    names = ['=HYPERLINK("//x/")', "@SUM(1)", "+1-1", "-2+cmd|' /C calc'!A0", "- nodule", "-1.5", "+3", "a=b", "-"]
+    pairs = [(name, of("SimilarCases", cases=[mx.Case(name, name, -0.5)])) for name in names]
+    write_table(tmp_path / "all.csv", pairs)
+    people = [(Subject(name, ("a.nrrd",), meta={"=site": name}), one) for name, one in pairs]
+    out = write_bids(people, tmp_path / "out")
+    numbers, text = ("-1.5", "+3"), [f"'{name}" if name in names[:5] or name == "-" else name for name in names]
+    flat = table(tmp_path / "all.csv")
+    assert [row["case"] for row in flat] == [row["label"] for row in flat] == text
+    assert {row["score"] for row in flat} == {"-0.5"}
+    assert {row["uid"] for row in table(out / "participants.tsv")} == set(text)
+    for path in [tmp_path / "all.csv", *out.rglob("*.tsv")]:
+        cells = [cell for row in table(path) for cell in (*row, *row.values())]
+        assert not [one for one in cells if one[:1] in tuple("=+-@") and one not in (*numbers, "-0.5")], path
+
+
 def test_regions_are_the_supervoxels() -> None:
     # Eight boxes, of which two neighbours have one value, and one has none.
     values = torch.tensor([3.0, -5.0, 0.0, 1.0, 1.0, 2.0, 0.5, -0.25])

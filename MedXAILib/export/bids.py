@@ -27,6 +27,7 @@ from MedXAILib.export.maps import maps
 from MedXAILib.export.rows import COLUMNS, Row, cell, columns, of_spot, regions, spots, told
 from MedXAILib.hotspots import HotSpot
 from MedXAILib.report.page import RESEARCH_ONLY
+from MedXAILib.table import inert
 from MedXAILib.volume import Volume
 
 DESCRIPTION = "dataset_description.json"
@@ -301,7 +302,8 @@ def _write_image(name: Path, suffix: str, image: sitk.Image, about: Mapping[str,
 def _write_tsv(path: Path, rows: list[Row], heads: list[str]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         written = csv.writer(file, delimiter="\t", lineterminator="\n")
-        written.writerows([heads, *([cell(row.get(head)) or "n/a" for head in heads] for row in rows)])
+        cells = [heads, *([cell(row.get(head)) or "n/a" for head in heads] for row in rows)]
+        written.writerows(map(inert, row) for row in cells)
 
 
 def _write_json(path: Path, said: Mapping[str, Any]) -> None:
