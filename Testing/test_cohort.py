@@ -662,8 +662,11 @@ def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_p
     assert "10 done" in told and "case-1, gradient: refused" in told and "constant" in told
     assert "0 results are gone" in medxai("verify", folder) and "4 are tried again" in medxai("retry", folder)
     assert "give a part as I/N" in medxai("run", folder, "--shard", "3/3", code=2)
-    words = shlex.split(medxai("slurm", tmp_path / "it's $HOME", "--trust").splitlines()[-1])
-    assert words[6] == str(tmp_path.resolve() / "it's $HOME") and words[-1] == "--trust"
+    quoted = tmp_path / "it's $HOME"
+    assert "holds no plan" in medxai("slurm", quoted, code=1) and not quoted.exists()
+    planned(table, quoted)
+    words = shlex.split(medxai("slurm", quoted, "--trust").splitlines()[-1])
+    assert words[6] == str(quoted.resolve()) and words[-1] == "--trust"
     script = medxai("slurm", folder, "--jobs", 7)
     assert "--array=0-6" in script and '"$SLURM_ARRAY_TASK_ID/7"' in script
     out = tmp_path / "out"

@@ -157,7 +157,9 @@ def slurm(
 ) -> None:
     """Print a script for sbatch, which computes the plan as an array of jobs, without a scheduler of its own."""
     from MedXAILib.cohort.batch import array
+    from MedXAILib.cohort.plan import read_plan
 
+    read_plan(folder)
     typer.echo(array(folder, jobs, device, trust), nl=False)
 
 
