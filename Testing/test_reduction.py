@@ -209,6 +209,14 @@ def test_a_planted_difference_is_found_and_no_other() -> None:
     assert [one.q for one in found.values()] == pytest.approx(q.tolist())
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1.0])
+def test_what_is_the_same_in_all_cases_differs_nowhere(value: float) -> None:
+    for count in (11, 13, 15, 21):
+        site = people(count, site=["n"] * 5 + ["s"] * (count - 5), age=range(count))
+        found = differences(told_of(np.full((count, 1), value)), site, ["site", "age"])
+        assert [one.p for one in found] == [1, 1]
+
+
 def test_what_cannot_be_tested_is_told() -> None:
     values = np.random.default_rng(3).normal(size=(13, 1))
     few = differences(told_of(values), people(13, site=["n"] * 9 + ["s"] * 4), ["site"])

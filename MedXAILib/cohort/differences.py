@@ -139,8 +139,8 @@ def _interval(x: np.ndarray, y: np.ndarray, ranks: bool, random: np.random.Gener
 def _chance(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """The two-sided p of each column of `y` (N, R) having nothing to do with `x` (N,), by permutation."""
     apart = y - y.mean(0)
-    # A case that is dealt out anew may give the same number but for rounding.
-    least = np.abs((x - x.mean()) @ apart) * (1 - 1e-9)
+    # Cases that are dealt out anew may give the same number but for rounding, which where all say the same is all.
+    least = np.abs((x - x.mean()) @ apart) - 1e-12 * np.abs(x - x.mean()) @ np.abs(y)
     count = np.ones(y.shape[1])
     for _ in range(_PERMUTATIONS // _AT_ONCE):
         dealt = random.permuted(np.tile(x - x.mean(), (_AT_ONCE, 1)), axis=1)
