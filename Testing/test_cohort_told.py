@@ -86,6 +86,8 @@ def test_intervals_are_of_scipy_and_of_wilson_and_count_patients_once() -> None:
     assert abs(high - theirs.confidence_interval.high) < 0.1 * width
     # What is always so: Wilson's lower end is n / (n + z²).
     assert spread([1.0] * 8, list("abcdefgh"), share=True) == pytest.approx((1, 8 / (8 + 1.959964**2), 1), abs=1e-6)
+    # Of two patients with four scans each it is less sure.
+    assert spread([1.0] * 8, list("aaaabbbb"), share=True) == pytest.approx((1, 2 / (2 + 1.959964**2), 1), abs=1e-6)
     # The same score of every case is no share.
     assert spread([1.0] * 8, list("abcdefgh")) == (1, 1, 1)
     # A patient's second scan that says the same adds nothing.

@@ -21,8 +21,8 @@ def whose(subject: Subject) -> str:
 
 
 def spread(values: Sequence[float], patients: Sequence[str], share: bool = False) -> tuple[float, float, float]:
-    """The mean of `values` and its 95 % interval: by a bootstrap over `patients`; of a `share` by Wilson where that is
-    wider, as a bootstrap knows no doubt of what is always so. NaN of nothing, and the interval of a single patient."""
+    """The mean of `values` and its 95 % interval: by a bootstrap over `patients`; of a `share` by Wilson, of as many
+    patients, where that is wider, as a bootstrap knows no doubt of what is always so. NaN of nothing, and the interval of a single patient."""
     if not values:
         return math.nan, math.nan, math.nan
     _, of = np.unique(np.asarray(patients), return_inverse=True)
@@ -33,7 +33,7 @@ def spread(values: Sequence[float], patients: Sequence[str], share: bool = False
     drawn = _draws(len(sums)) @ sums
     low, high = np.percentile(drawn[:, 0] / drawn[:, 1], _ENDS)
     if share:
-        exact = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+        exact = binomtest(round(mean * len(sums)), len(sums)).proportion_ci(method="wilson")
         low, high = min(low, exact.low), max(high, exact.high)
     return mean, float(low), float(high)
 
