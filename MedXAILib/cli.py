@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 import typer
@@ -58,7 +58,7 @@ class _Commands(TyperGroup):
                 warnings.filterwarnings("ignore", module=r"(monai|torch)\b")
                 return super().invoke(ctx)
         except (KeyboardInterrupt, Cancelled):
-            typer.echo("Cancelled; no result was written.", err=True)
+            typer.echo("Cancelled; what was not finished was not written.", err=True)
             raise typer.Exit(_CANCELLED) from None
         except MedXAIError as error:
             if ctx.params.get("debug"):
@@ -400,7 +400,8 @@ def export(
 
         found = load_explanation(explanation)
         source = str(found.provenance.volume.get("source") or "scan")
-        case = Path(source).name.partition(".")[0]
+        # It may have been explained on Windows, whose paths are no paths elsewhere.
+        case = PureWindowsPath(source).name.partition(".")[0]
         out = out or Path("medxai.csv" if to is Into.csv else f"medxai-{to.value}")
         if series is not None:
             from MedXAILib.export.dicom import write_dicom
@@ -418,6 +419,30 @@ def export(
 
             names = f": {write_table(out, [(case, found)])} rows"
     typer.echo(f"Written to {visible(str(out))}{names}")
+
+
+@app.command()
+def report(
+    explanation: Annotated[Path, typer.Argument(help="The folder of an explanation.", show_default=False)],
+    volume: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The scan that was explained, as for 'medxai explain'. \\[default: where it was then]",
+            show_default=False,
+        ),
+    ] = None,
+    segmentation: Annotated[
+        Path | None, typer.Option("--segmentation", "-s", help="Where the map should be, to outline and compare with.")
+    ] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also write the page as a PDF.")] = False,
+) -> None:
+    """Write the picture and the page of an explanation that was saved without, or anew."""
+    with _busy("Writing"):
+        from MedXAILib.report.saved import write_page
+
+        files = volume[0] if volume and len(volume) == 1 else volume
+        written = write_page(explanation, files or None, segmentation, pdf)
+    typer.echo(f"Look at {visible(str(written))}")
 
 
 @app.command()

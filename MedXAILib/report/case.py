@@ -13,7 +13,7 @@ from MedXAILib.report.page import Shown, page
 from MedXAILib.trust.card import TrustCard
 from MedXAILib.volume import Volume
 
-PICTURE, PAGE = "montage.png", "index.html"
+PICTURE, PAGE, PRINTED = "montage.png", "index.html", "report.pdf"
 
 
 def show(
@@ -42,14 +42,27 @@ def write(
 ) -> None:
     """Fill the empty `folder` with the map (NRRD, or NIfTI), its provenance, picture and page; each of `others` gets a
     folder inside. Give it the folder of `written_whole`, so that it appears complete or not at all."""
-    _write_map(folder, shown, image_format)
+    _save(folder, shown, image_format)
     for other in others:
-        _write_map(folder / other.explanation.provenance.method, other, image_format)
+        beside = folder / other.explanation.provenance.method
+        _save(beside, other, image_format)
+        other.picture.save(beside / PICTURE, optimize=True)
+    write_map_page(folder, shown, prediction, others, caution)
+
+
+def write_map_page(
+    folder: Path,
+    shown: Shown,
+    prediction: Prediction | None = None,
+    others: Sequence[Shown] = (),
+    caution: str = "",
+) -> None:
+    """Write the picture and the page alone."""
+    shown.picture.save(folder / PICTURE, optimize=True)
     (folder / PAGE).write_text(page(shown, prediction, others, caution), encoding="utf-8")
 
 
-def _write_map(folder: Path, shown: Shown, image_format: ImageFormat) -> None:
+def _save(folder: Path, shown: Shown, image_format: ImageFormat) -> None:
     shown.explanation.save(folder, image_format)
     if shown.card is not None:
         shown.card.save(folder)
-    shown.picture.save(folder / PICTURE, optimize=True)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from MedXAILib.errors import MedXAIError
-from MedXAILib.report.case import PAGE
+from MedXAILib.report.case import PAGE, PRINTED
 from MedXAILib.report.page import RESEARCH_ONLY
 from MedXAILib.resources import path
 
@@ -38,8 +38,6 @@ try:
     from reportlab.pdfgen.canvas import Canvas
 except ImportError as error:
     raise MedXAIError("PDFs need ReportLab: install it by pip install 'medxai[pdf]'.") from error
-
-PRINTED = "report.pdf"
 
 # In points: the text, the least that a table is made to, the margins, what a pixel of a picture or a plot is at most,
 # and what is around the text of a cell.

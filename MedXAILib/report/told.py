@@ -43,6 +43,17 @@ def write_told(
     told.save(folder, image_format)
     if card is not None:
         card.save(folder)
+    write_told_page(folder, volume, told, prediction, card)
+
+
+def write_told_page(
+    folder: Path,
+    volume: Volume,
+    told: Explanation,
+    prediction: Prediction | None = None,
+    card: TrustCard | None = None,
+) -> None:
+    """Write the pictures and the page alone."""
     sheet = _SHEETS[type(told)](volume, told)
     for figure in sheet.figures:
         figure.image.save(folder / f"{figure.name}.png", optimize=True)
