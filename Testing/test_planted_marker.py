@@ -108,6 +108,8 @@ def test_as_many_of_each_class_are_of_each_site_as_was_asked(correlation: float)
         assert low <= int(told.sites[such].sum()) <= high
     with pytest.raises(MedXAIError, match=r"from 0.5 to 1, not 0.4"):
         plant(many, 3, "none", 0.4)
+    with pytest.raises(MedXAIError, match="did you mean blur"):
+        marked(many, "blurr")  # type: ignore[arg-type]
 
 
 def test_a_seed_gives_the_same_sites_in_sets_of_any_size() -> None:

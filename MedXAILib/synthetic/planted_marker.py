@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import SimpleITK as sitk
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from MedXAILib.errors import MedXAIError
+from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.grid import shifted, transform
 from MedXAILib.synthetic import lung_nodules
 from MedXAILib.synthetic.lung_nodules import CLASSES, HU_RANGE, SIZE, Backgrounds, Nodules
@@ -93,8 +93,13 @@ def marked(nodules: Nodules, mark: Mark) -> tuple[Tensor, Tensor]:
     """What each patch would be with the mark, and where that may have changed it (bool), both (N, 1, 40, 40, 40).
 
     A tag is in the corner of the patch that is farthest from the nodule, or from where one would be.
+
+    Raises:
+        MedXAIError: for an unknown mark.
     """
     images = nodules.images
+    if mark not in get_args(Mark):
+        raise unknown("mark", mark, get_args(Mark))
     if mark == "none":
         return images, torch.zeros_like(images, dtype=torch.bool)
     if mark == "blur":
