@@ -37,6 +37,7 @@ from MedXAILib.run import Run
 SHAPE = (6, 12, 14)
 MARKER = (slice(0, 1), slice(0, 1), slice(0, 4))
 CLASSES = ("benign", "malignant")
+MADE = {"model": {"name": "<net>"}, "method": "hirescam", "by": ["<site>"], "notes": []}
 
 
 class Bright(nn.Module):
@@ -449,6 +450,75 @@ def test_what_is_not_known_is_left_out_and_what_stays_does_not_change() -> None:
     assert found.cases == 125
 
 
+def test_what_is_no_number_is_left_out_and_said() -> None:
+    whole = cohort(120, 0.8, planted=True, used=True, seed=0)
+    output = whole.output.clone()
+    output[7] = torch.nan
+    run = Run()
+    found = audit(replace(whole, output=output), draws=199, run=run)
+    alone = audit(whole.taken([i for i in range(120) if i != 7]), draws=199)
+    assert found.findings == alone.findings
+    assert any("case 8" in note for note in run.notes)
+
+
+def test_a_map_that_was_not_finished_is_no_map() -> None:
+    whole = cohort(80, 0.7, planted=True, used=True, seed=0)
+    maps = [torch.where(torch.arange(14) == i % 14, torch.nan, heat) for i, heat in enumerate(whole.maps)]
+    found = audit(replace(whole, maps=maps), draws=99)
+    assert set(found.left_out) == {"outside:site", "clusters:site"}
+    assert "<img" in page(found, MADE)
+
+
+def test_an_empty_mask_is_no_anatomy() -> None:
+    """Where site B's masks are those of other scans, the network does not look elsewhere for that."""
+    whole = cohort(60, 0.5, planted=False, used=False, seed=0)
+    known = [site == "site A" for site in whole.columns["site"]]
+    masks = [mask * known for mask, known in zip(whole.anatomy, known, strict=True) if mask is not None]
+    run = Run()
+    again = seen(whole.model, whole.x, whole.maps, whole.labels, whole.columns, torch.stack(masks), run=run)
+    assert [mask is not None for mask in again.anatomy] == known
+    assert f"{60 - sum(known)} masks" in run.notes[0]
+    found = audit(again, checks=["outside", "transplant"])
+    assert set(found.left_out) == {"outside:site", "transplant:site"}
+
+
+def test_thin_patches_of_many_sizes_fall_into_clusters() -> None:
+    random = np.random.default_rng(0)
+    shapes = [(6 + 2 * (i % 3), 12, 14) for i in range(60)]
+    x, maps = ([torch.randn(*first, *shape) for shape in shapes] for first in ((1,), ()))
+    columns = {"site": ["AB"[s] for s in random.integers(2, size=60)]}
+    whole = seen(model(), x, maps, [CLASSES[i % 2] for i in range(60)], columns)
+    found = audit(whole, draws=99)
+    assert next(one.check for one in found.findings) == "clusters:site"
+    assert "differ in size" in audit(replace(whole, anatomy=[heat > 1 for heat in maps])).left_out["transplant:site"]
+
+
+def test_many_sites_and_classes_all_get_backgrounds() -> None:
+    """Two sites in each of eight classes: the six recipients are not those of the first three."""
+    cells, strata = ["AB"[i % 2] for i in range(160)], np.arange(160) // 2 % 8
+    hosts = [transplant._hosts(grouped(cells, strata, seed=seed)) for seed in range(5)]
+    assert all(len(set(one)) == 6 for one in hosts)
+    assert {int(strata[i]) for one in hosts for i in one} > {0, 1, 2}
+
+
+def test_a_site_of_few_cases_is_named() -> None:
+    whole = cohort(100, 0.6, planted=False, used=False, seed=0)
+    sites = ["clinic" if i < 3 else site for i, site in enumerate(whole.columns["site"])]
+    run = Run()
+    audit(replace(whole, columns={"site": sites}), draws=99, run=run)
+    assert [("clinic" in note, "site A" in note) for note in run.notes] == [(True, False)]
+
+
+def test_nothing_asked_is_no_all_clear() -> None:
+    none = page(audit(cohort(40, 1.0, planted=True, used=True, seed=0)), MADE)
+    assert "No alarm" not in none
+    assert "Nothing could be asked" in none
+    whole = cohort(100, 0.5, planted=False, used=False, seed=0)
+    some = page(audit(replace(whole, anatomy=[None] * 100), draws=499), MADE)
+    assert "No alarm" in some
+    assert "2 of the checks could not be asked" in some
+
+
 def test_what_is_known_of_no_case_and_many_columns() -> None:
     whole = cohort(40, 0.6, planted=True, used=True, seed=0)
     nothing = audit(replace(whole, columns={"site": [""] * 40}), checks=["outside"])
@@ -548,6 +618,28 @@ def test_a_cohort_comes_on_the_grid_that_the_network_sees(study: tuple[Path, mx.
         assert heat[mask].sum() / heat[x[0] > -2].sum() > 0.8
 
 
+def test_of_a_patient_and_of_a_scan_one_case_counts(study: tuple[Path, mx.Model], tmp_path: Path) -> None:
+    """Of three scans of Ada the first is of no known site, and the last two cases are of one scan."""
+    folder, asked = study
+    plan = read_plan(folder)
+    met = [dict(one.meta) for one in plan.subjects]
+    for i in range(3):
+        met[i]["patient"] = "Ada"
+    met[0]["site"] = ""
+    subjects = [replace(one, meta=meta) for one, meta in zip(plan.subjects, met, strict=True)]
+    subjects[-1] = replace(subjects[-1], volume=subjects[-2].volume)
+    again = make_plan("bright", plan.fingerprint, {"hirescam": {}}, subjects)
+    again.save(tmp_path)
+    for unit in again.units():
+        found = mx.explain(asked, mx.load_volume(unit.subject.volume[0]), "hirescam", "malignant")
+        found.save(tmp_path / RESULTS / unit.key)
+        write_receipt(tmp_path, unit, {"status": "done"})
+    run = Run()
+    whole, _ = gather(tmp_path, asked, ["site"], run=run)
+    assert list(whole.uids) == [f"case-{i}" for i in (1, *range(3, 47))]
+    assert "3 more cases of the same patients" in run.notes[0]
+
+
 def test_another_network_and_another_scan_are_refused(study: tuple[Path, mx.Model], tmp_path: Path) -> None:
     folder, asked = study
     with pytest.raises(MedXAIError, match="not the network of the plan"):
@@ -595,8 +687,7 @@ def test_what_people_wrote_is_text_on_the_page() -> None:
     whole = cohort(60, 0.7, planted=True, used=True, seed=0)
     sites = [f"<b>{site}</b>" for site in whole.columns["site"]]
     found = audit(replace(whole, columns={"<site>": sites}), by=["<site>"], draws=99)
-    made = {"model": {"name": "<net>"}, "method": "hirescam", "by": ["<site>"], "notes": []}
-    shown = page(found, made)
+    shown = page(found, MADE)
     assert "<b>site" not in shown
     assert "<net>" not in shown
     assert "&lt;b&gt;site A" in shown

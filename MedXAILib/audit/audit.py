@@ -114,8 +114,10 @@ def audit(
     for column in (*by, *within):
         if column not in cohort.columns:
             raise unknown("column", column, cohort.columns)
-    if any(cohort.labels):
-        cohort = cohort.taken([i for i, label in enumerate(cohort.labels) if label])
+    known, said = any(cohort.labels), cohort.output.isfinite().all(1).tolist()
+    if silent := [uid for uid, one in zip(cohort.uids, said, strict=True) if not one]:
+        run.note(f"The network's answer is not a number for {len(silent)} cases, which are left out: {_some(silent)}.")
+    cohort = cohort.taken([i for i, label in enumerate(cohort.labels) if said[i] and (label or not known)])
     outcomes: dict[str, Outcome] = {}
     left_out: dict[str, str] = {}
     asked = [(column, name) for column in by for name in checks]
@@ -124,18 +126,27 @@ def audit(
         key = f"{name}:{column}"
         try:
             own = cohort.taken([i for i in range(len(cohort)) if all(cohort.columns[c][i] for c in (column, *within))])
-            outcomes[key] = CHECKS[name].make(own, _groups(own, column, within, seed, draws), run)
+            groups = _groups(own, column, within, seed, draws)
+            if few := np.asarray(groups.names)[~groups.compared].tolist():
+                run.note(
+                    f"Of '{column}', these have too few cases to compare with others of their class: {_some(few)}."
+                )
+            outcomes[key] = CHECKS[name].make(own, groups, run)
         except (Cancelled, OutOfMemory):
             raise
         except MedXAIError as error:
             left_out[key] = str(error)
     return Audit(
-        tuple(_findings(outcomes, known=any(cohort.labels))),
+        tuple(_findings(outcomes, known)),
         left_out,
         {key: outcome.rows for key, outcome in outcomes.items()},
         {key: outcome.pictures for key, outcome in outcomes.items()},
         len(cohort),
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _groups(cohort: Cohort, column: str, within: Sequence[str], seed: int, draws: int) -> Groups:

@@ -6,6 +6,7 @@ Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     if len(known) < _FEWEST:
         raise MedXAIError(f"{len(known)} maps are too few for clusters: give {_FEWEST} or more.")
     cohort, groups = cohort.taken(known), groups.taken(known)
-    points = np.stack([_coarse(heat) for heat in cohort.maps])
+    # Of cases of many sizes as many cells as the smallest has voxels.
+    cells = [min(_SIDE, *sides) for sides in zip(*(heat.shape for heat in cohort.maps), strict=True)]
+    points = np.stack([_coarse(heat, cells) for heat in cohort.maps])
     cluster = _clustered(points, groups.seed)
     told, unknown = _told(cluster, groups)
     chance = float(told[1:].mean())
@@ -63,10 +66,10 @@ def check(cohort: Cohort, groups: Groups, run: Run) -> Outcome:
     return Outcome([test], {"clusters": float(len(rows))}, rows, pictures)
 
 
-def _coarse(heat: Tensor) -> np.ndarray:
-    """A map as a point: its shares in coarse cells, square roots so that distances are those of Hellinger."""
+def _coarse(heat: Tensor, shape: Sequence[int]) -> np.ndarray:
+    """A map as a point: its shares in `shape` coarse cells, square roots so that distances are those of Hellinger."""
     pool = getattr(functional, f"adaptive_avg_pool{heat.ndim}d")
-    cells = pool(heat[None, None].double(), [min(_SIDE, n) for n in heat.shape]).flatten()
+    cells = pool(heat[None, None].double(), shape).flatten()
     return (cells / cells.sum()).sqrt().numpy()
 
 

@@ -128,6 +128,11 @@ def seen(
     output: list[Tensor] = []
     inside: list[tuple[Tensor, Tensor]] = []
     bare = ""
+    masks = (
+        [None] * count if anatomy is None else [each if each is not None and each.any() else None for each in anatomy]
+    )
+    if anatomy is not None and (empty := sum(each is not None for each in anatomy) - sum(m is not None for m in masks)):
+        run.note(f"{empty} masks of the anatomy are empty where the network looks, and count as unknown.")
     with model.ready(run.device) as device:
         one = x[0][None].to(device, model.dtype)
         with torch.no_grad():
@@ -159,7 +164,7 @@ def seen(
         x,
         [np.eye(x[0].ndim)] * count if affines is None else affines,
         [each.detach().abs() for each in maps],
-        [None] * count if anatomy is None else anatomy,
+        masks,
         labels,
         columns,
         torch.cat(output),

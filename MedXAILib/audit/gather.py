@@ -9,6 +9,7 @@ from typing import Any
 
 from MedXAILib import __version__
 from MedXAILib.audit.cohort import Cohort, seen
+from MedXAILib.cohort.intervals import whose
 from MedXAILib.cohort.plan import PLAN, Unit, read_plan
 from MedXAILib.cohort.work import RESULTS, receipt
 from MedXAILib.errors import MedXAIError, unknown
@@ -30,7 +31,7 @@ def gather(
     run: Run | None = None,
 ) -> tuple[Cohort, dict[str, Any]]:
     """The cases of the plan in `folder` whose map by `method` (the first that gave maps) is computed, and where they
-    come from.
+    come from. Of several of one patient or scan it is one, the first of which all is known: they are not independent.
 
     Raises:
         MedXAIError: when there is no map, no such column or method, or `model` or a scan is not what was explained.
@@ -55,6 +56,9 @@ def gather(
             found.append((unit, explanation))
     if not found:
         raise MedXAIError(f"'{folder}' holds no map yet: compute it first ('medxai cohort run').")
+    found, every = _independent(found, (label, *columns)), len(found)
+    if len(found) < every:
+        run.note(f"{every - len(found)} more cases of the same patients or scans are left out: one of each counts.")
     prepared, maps, anatomy = [], [], []
     for done, (unit, explanation) in enumerate(found):
         run.step(done, len(found), "Reading scans")
@@ -91,6 +95,16 @@ def gather(
         "medxai": __version__,
     }
     return cohort, made
+
+
+def _independent(found: Sequence[tuple[Unit, SaliencyMap]], wanted: Sequence[str]) -> list[tuple[Unit, SaliencyMap]]:
+    first: dict[Any, tuple[Unit, SaliencyMap]] = {}
+    for one in sorted(found, key=lambda one: sum(not one[0].subject.meta.get(name) for name in wanted)):
+        subject = one[0].subject
+        patient = whose(subject)
+        first.setdefault(subject.volume if patient == subject.uid else patient, one)
+    kept = {id(one) for one in first.values()}
+    return [one for one in found if id(one) in kept]
 
 
 def _is_done(folder: Path, unit: Unit) -> bool:

@@ -23,8 +23,8 @@ _LEAST = 5.0
 @dataclass(frozen=True, eq=False)
 class Contrast:
     """Of the group called `group`, how much more it has than the others of its class (`effect`), of column `column` of
-    what was measured; how often chance gives as much (`p`), and what it gave of the largest of all (`null`), as large as
-    it is where chance makes most of it."""
+    what was measured; how often chance gives as much (`p`), and what it gave (`null`): the largest of all groups and
+    columns, in the units of the one that varies most."""
 
     group: str
     column: int

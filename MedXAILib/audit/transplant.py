@@ -82,6 +82,8 @@ def _hosts(groups: Groups) -> list[int]:
     cells = list(zip(groups.strata.tolist(), groups.at.tolist(), strict=True))
     kinds = sorted(set(cells))
     waiting = [random.permutation([i for i, cell in enumerate(cells) if cell == kind]).tolist() for kind in kinds]
+    # Where there are more kinds than recipients, they are not all of the first class.
+    random.shuffle(waiting)
     found: list[int] = []
     while len(found) < min(_RECIPIENTS, len(cells)):
         found += [one.pop() for one in waiting if one]
@@ -97,7 +99,7 @@ def _pictures(cohort: Cohort, groups: Groups, host: int, effects: np.ndarray) ->
         apart = np.abs(effects[of_group] - np.median(effects[of_group], 0)).sum(1)
         donors += of_group[apart.argsort()[:1]].tolist()
     seen = torch.stack([cohort.maps[i] * ~(cohort.anatomy[i] | cohort.anatomy[host]) for i in donors])  # type: ignore[operator]
-    focus, affine = highest(seen.sum(0)), cohort.affines[host]
+    focus, affine = highest(seen.nan_to_num().sum(0)), cohort.affines[host]
     title = f"{cohort.uids[host]} (of {groups.cells[host]}) on other backgrounds"
     return [
         Picture(title, "as it is", cohort.x[host][0], affine, focus),

@@ -26,7 +26,7 @@ _READING = (
     "p is corrected for all that was asked on this page (Holm).",
     "An alarm says that the network's answers or maps differ by site beyond the class, by as much as stated or more. A "
     "warning says that the network can see the site, not that it uses it. No sign means that as much as stated would "
-    "have been found; where cases are too few for that, the check cannot say.",
+    "stand out from chance; where cases are too few for that, the check cannot say.",
     "Sites may differ within a class for good reasons, such as larger lesions. That looks the same to all checks but "
     "the one that moves backgrounds: name what may differ (--within) to compare like with like.",
     "Nothing here says that the network is right, and what no column names is not looked for.",
@@ -54,9 +54,11 @@ def _verdict(audit: Audit) -> str:
     counts = {light: sum(found.light == light for found in audit.findings) for light in WORDS}
     if audit.alarm:
         return f"{counts['poor']} of {len(audit.findings)} checks raise an alarm: a shortcut is likely."
-    if counts["fair"]:
-        return "No alarm, but a warning: see below."
-    return "No alarm." if not counts[None] else f"No alarm; {counts[None]} checks had too few cases to say."
+    if not audit.findings:
+        return "Nothing could be asked, and nothing is known: see below."
+    said = "No alarm, but a warning: see below" if counts["fair"] else "No alarm"
+    silent = {"had too few cases to say": counts[None], "could not be asked": len(audit.left_out)}
+    return "; ".join([said, *(f"{count} of the checks {why}" for why, count in silent.items() if count)]) + "."
 
 
 def _finding(found: Finding, table: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> str:
