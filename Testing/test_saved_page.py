@@ -14,6 +14,7 @@ from test_cli import here, medxai, refused  # noqa: F401
 from test_report import sphere
 
 import MedXAILib as mx
+from MedXAILib.cohort.work import digest
 from MedXAILib.report.case import show, write
 from MedXAILib.report.pdf import pdf
 from MedXAILib.report.saved import write_page
@@ -96,9 +97,13 @@ def test_a_former_page_and_its_pdf_are_replaced_and_nothing_else(mapped) -> None
     folder, _, made, _ = mapped
     made.save(folder)
     kept = files(folder)
-    for name in ("index.html", "report.pdf", "notes.txt"):
+    (folder / "notes.txt").write_bytes(b"former")
+    computed = digest(folder)
+    for name in ("index.html", "report.pdf"):
         (folder / name).write_bytes(b"former")
     write_page(folder, printed=True)
+    # A cohort takes its result for what it was.
+    assert digest(folder) == computed
     now = files(folder)
     assert now.pop("report.pdf") == pdf(now["index.html"].decode())
     assert b"Why" in now.pop("index.html") and now.pop("montage.png") and now == {**kept, "notes.txt": b"former"}

@@ -155,7 +155,9 @@ def digest(place: Path) -> str:
     found = hashlib.sha256()
     manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     found.update(json.dumps({k: v for k, v in manifest.items() if k != "provenance"}, sort_keys=True).encode())
-    for name in sorted(path.name for path in place.iterdir() if path.name != MANIFEST):
+    # A page that was written of it later is not part of it.
+    later = ".html", ".png", ".pdf"
+    for name in sorted(path.name for path in place.iterdir() if path.name != MANIFEST and path.suffix not in later):
         found.update(name.encode() + (place / name).read_bytes())
     return found.hexdigest()[:32]
 
