@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -365,33 +366,44 @@ def test_after_a_crash_it_goes_on_at_the_open_scan(host, panel, make):
 
 
 _READER = """
+import os
 import sys
 from pathlib import Path
 
+# Which takes seconds: once for all readers.
 import slicer_host
 
-with slicer_host.running(Path(sys.argv[2])):
-    import slicer
-    from MedXAISlicerLib.panels.study import StudyPanel
 
-    slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode", "Red")
-    panel = StudyPanel(logic=None)
-    panel.ui.designPathLineEdit.currentPath = sys.argv[1]
-    panel.ui.readerSelector.currentText = "r1"
-    panel.ui.beginButton.click()
-    while panel.sitting is not None:
-        trial = panel.sitting.trial.index
-        for done, click in {
-            "open": lambda: None,
-            "look": panel.ui.overlayCheckBox.click,
-            "chosen": panel._buttons["malignant"].click,
-            "paused": panel.ui.pauseButton.click,
-            "gone on": panel.ui.pauseButton.click,
-            "sure": lambda: setattr(panel.ui.confidenceSlider, "value", 10 * trial + 5),
-            "kept": panel.ui.nextButton.click,
-        }.items():
-            click()
-            print(trial, done, panel.ui.progressLabel.text, sep="|", flush=True)
+def read():
+    with slicer_host.running(Path(sys.argv[2])):
+        import slicer
+        from MedXAISlicerLib.panels.study import StudyPanel
+
+        slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode", "Red")
+        panel = StudyPanel(logic=None)
+        panel.ui.designPathLineEdit.currentPath = sys.argv[1]
+        panel.ui.readerSelector.currentText = "r1"
+        panel.ui.beginButton.click()
+        while panel.sitting is not None:
+            trial = panel.sitting.trial.index
+            for done, click in {
+                "open": lambda: None,
+                "look": panel.ui.overlayCheckBox.click,
+                "chosen": panel._buttons["malignant"].click,
+                "paused": panel.ui.pauseButton.click,
+                "gone on": panel.ui.pauseButton.click,
+                "sure": lambda: setattr(panel.ui.confidenceSlider, "value", 10 * trial + 5),
+                "kept": panel.ui.nextButton.click,
+            }.items():
+                click()
+                print(trial, done, panel.ui.progressLabel.text, os.getpid(), sep="|", flush=True)
+
+
+for _ in range(int(sys.argv[3])):
+    if not os.fork():
+        read()
+        os._exit(0)
+    print("gone", os.wait()[1], sep="|", flush=True)
 """
 
 
@@ -401,30 +413,33 @@ def test_killed_at_any_moment_it_loses_the_open_trial_at_most(make):
     assert len(expected) == 8
     draw, kept, journal = random.Random(5), [], design.parent / studies.JOURNALS / "r1.jsonl"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for moment in ("look", "kept", "paused", "sure", None):
-        before = journal.read_bytes() if journal.exists() else b""
-        args = [sys.executable, "-c", _READER, str(design), str(design.parent / "host")]
-        with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+    moments = ("look", "kept", "paused", "sure", None)
+    args = [sys.executable, "-c", _READER, str(design), str(design.parent / "host"), str(len(moments))]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+        for moment in moments:
+            before = journal.read_bytes() if journal.exists() else b""
             after = len(kept) + draw.randint(0, 1)
             lines = []
             for line in process.stdout:
-                lines.append(line.split("|"))
+                lines.append(line.strip().split("|"))
+                if lines[-1][0] == "gone":
+                    break
                 if moment is not None and lines[-1][:2] == [str(after), moment]:
                     # Somewhere in what comes next.
                     time.sleep(draw.uniform(0, 0.02))
-                    process.kill()
-        first, done, progress = lines[0]
-        assert (int(first), done) == (len(kept), "open"), "it goes on at the trial that was open"
-        assert progress.startswith(f"Scan {len(kept) + 1} of 8")
-        told = [trial for trial, done, _ in lines if done == "kept"]
-        answers_ = [event for event in events(design) if event["event"] == "answer"]
-        # Nothing written before was touched, each answer that was seen to be kept is there, and at most one more.
-        assert journal.read_bytes().startswith(before)
-        assert [event["trial"] for event in answers_] == list(range(len(answers_)))
-        assert [event["confidence"] for event in answers_] == [10 * i + 5 for i in range(len(answers_))]
-        assert 0 <= len(answers_) - (len(kept) + len(told)) <= 1
-        kept = answers_
-        assert process.returncode == 0 if moment is None else process.returncode != 0
+                    os.kill(int(lines[-1][-1]), signal.SIGKILL)
+            (first, done, progress, _), *_between, (_gone, status) = lines
+            assert (int(first), done) == (len(kept), "open"), "it goes on at the trial that was open"
+            assert progress.startswith(f"Scan {len(kept) + 1} of 8")
+            told = [line for line in lines if line[1] == "kept"]
+            answers_ = [event for event in events(design) if event["event"] == "answer"]
+            # Nothing written before was touched, each answer that was seen to be kept is there, and at most one more.
+            assert journal.read_bytes().startswith(before)
+            assert [event["trial"] for event in answers_] == list(range(len(answers_)))
+            assert [event["confidence"] for event in answers_] == [10 * i + 5 for i in range(len(answers_))]
+            assert 0 <= len(answers_) - (len(kept) + len(told)) <= 1
+            kept = answers_
+            assert int(status) == (0 if moment is None else signal.SIGKILL)
     assert len(kept) == 8
 
 
