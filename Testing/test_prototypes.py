@@ -21,6 +21,7 @@ import MedXAILib as mx
 from MedXAILib.errors import MedXAIError
 from MedXAILib.grid import resample, transform
 from MedXAILib.networks.prototypes import Origin, PrototypeLungNodule
+from MedXAILib.report.cases import of_cases
 from MedXAILib.resources import path
 from MedXAILib.synthetic.lung_nodules import ATTRIBUTES, CLASSES, Backgrounds, synthesise
 from MedXAILib.training import prototypes
@@ -141,6 +142,17 @@ def test_the_map_is_where_the_prototype_looks() -> None:
         ]
         assert np.linalg.norm(np.array(case.place) - transform(case.volume.affine, 4 * np.array(unit) + 1.5)) < 2.5
         assert (case.volume.data.min(), case.volume.data.max()) == (-1000.0, 400.0)
+
+
+def test_between_thick_slices_there_is_nothing_to_show_but_points(tmp_path: Path) -> None:
+    """Slices 70 mm apart, and the network sees 30 mm between two of them."""
+    scan = mx.Volume(torch.rand(1, 4, 60, 60), np.diag([70.0, 1, 1, 1]))
+    model = replace(small(), preprocessing=plain().preprocessing)
+    told = mx.tell(model, scan, "prototypes", "malignant", region=tuple(scan.to_point([1.5, 30, 30])))
+    told.save(tmp_path / "told")
+    again = mx.load_explanation(tmp_path / "told")
+    assert [case.query_map for case in again.cases] == [None] * len(told.cases) and not again.query_map.any()
+    assert of_cases(scan, again).body.count("<div class=case>") == len(told.cases) > 0
 
 
 def test_it_can_be_kept_and_read_again(tmp_path: Path) -> None:

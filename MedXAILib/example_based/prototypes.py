@@ -90,7 +90,8 @@ class PrototypeParts(Teller):
                 i,
                 names,
                 own[i, i],
-                Volume(maps[i : i + 1], corner),
+                # None where the network looks between two slices.
+                Volume(maps[i : i + 1], corner) if maps.numel() else None,
                 {"similarity": float(similarities[i]), "weight": float(weights[i]), "points": float(points[i])},
             )
             for i in points.abs().argsort(descending=True).tolist()
@@ -131,7 +132,12 @@ def _on(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _case(
-    network: HasPrototypes, i: int, names: Sequence[str], mask: Tensor, query_map: Volume, numbers: Mapping[str, float]
+    network: HasPrototypes,
+    i: int,
+    names: Sequence[str],
+    mask: Tensor,
+    query_map: Volume | None,
+    numbers: Mapping[str, float],
 ) -> Case:
     origin = network.origins[i]
     low, high = network.intensities

@@ -120,7 +120,8 @@ class SimilarCaseSearch(LibraryMethod):
                     values = here.placed(alike)[0].float()
                     box, where = resample_part(values, question.seen[0].affine, volume.shape, volume.affine)
                     corner = shifted(volume.affine, np.array([side.start for side in where]))
-                    case = replace(case, query_map=Volume(box, corner))
+                    # None where the network looks between two slices.
+                    case = replace(case, query_map=Volume(box, corner) if box.numel() else None)
                     shown = pasted(box, where, volume.shape) if shown is None else shown
             cases.append(case)
         return partial(
