@@ -134,6 +134,19 @@ def test_only_the_scan_that_was_explained_is_taken(mapped, tmp_path: Path) -> No
     assert set(files(folder)) == {*kept, "index.html", "montage.png"}
 
 
+def test_a_scan_that_was_explained_in_slicer_is_known_again(tmp_path: Path) -> None:
+    # The same upright grid; Slicer builds it by VTK, whose zeros have no sign.
+    place = np.array([[0.0, 0.0, -1.5, 12.0], [0.0, -1.0, 0.0, -30.0], [2.0, 0.0, 0.0, 7.0], [0.0, 0.0, 0.0, 1.0]])
+    there = mx.Volume(torch.rand(1, 4, 5, 6), place, "CT")
+    scan = stored(there, tmp_path / "scan.nrrd")
+    assert np.signbit(scan.affine[0, 0]) and np.array_equal(scan.affine, place)
+    made = {"source": "CT", "fingerprint": there.fingerprint}
+    saliency(there.data, place, volume=made).save(tmp_path / "kept")
+    assert write_page(tmp_path / "kept", scan.source).exists()
+    with pytest.raises(mx.MedXAIError, match="'CT', is not there: give the scan"):
+        write_page(tmp_path / "kept")
+
+
 def test_what_cannot_be_written_leaves_the_former_page(mapped, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _, made, _ = mapped
     made.save(folder)

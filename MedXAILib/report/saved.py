@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,7 +69,9 @@ def _explained(explanation: Explanation, volume: str | Path | Sequence[str | Pat
             raise MedXAIError(f"The scan that was explained, '{source}', is not there: give the scan as well.")
         volume = source
     scan = load_volume(volume)
-    if scan.fingerprint != made.get("fingerprint"):
+    # In Slicer's matrices no zero has a sign, in SimpleITK's some have.
+    unsigned = replace(scan, affine=scan.affine.round(6) + 0.0)
+    if made.get("fingerprint") not in (scan.fingerprint, unsigned.fingerprint):
         raise MedXAIError(
             f"'{scan.source}' is not the scan that was explained, '{source}' (its voxels or their place differ): give "
             "that one, all its files if it had several."
