@@ -356,6 +356,9 @@ def test_the_command_line_writes_them(tmp_path: Path) -> None:
     assert found.name == "sub-01_ses-a_run-2_desc-gradcamMarkerT1w_attrmap.nii.gz"
     medxai("export", tmp_path / "kept", "--to", "csv", "--out", tmp_path / "one.csv")
     assert {row["case"] for row in table(tmp_path / "one.csv")} == {subject.uid}
+    a_map(volume={"source": "C:\\jane\\ct 1.nrrd", "fingerprint": "f"}).save(tmp_path / "windows")
+    medxai("export", tmp_path / "windows", "--to", "csv", "--out", tmp_path / "one.csv")
+    assert {row["case"] for row in table(tmp_path / "one.csv")} == {"ct 1"}
     assert "need the folder of the series" in " ".join(medxai("export", tmp_path / "kept", code=2).split())
 
     plan = make_plan("m", "f", {"gradcam": {}, "rise": {}}, [subject, Subject("b", ("b.nrrd",))])
