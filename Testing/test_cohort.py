@@ -141,6 +141,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_and_driver_may_be_killed(table: Path, undisturbed: Path, tmp_path: Path) -> None:
     planned(table, tmp_path / "cohort")
     (tmp_path / "driver.py").write_text(_DRIVER, encoding="utf-8")
@@ -507,6 +508,9 @@ def test_workers_that_come_late_are_used(tmp_path: Path, monkeypatch: pytest.Mon
         assert list(engine._by_dask(client, engine.Explaining(tmp_path), ["first", *"1234"], None)) == ["done"] * 5
         # What Dask keeps for ever does not grow with the cohort.
         assert set(cluster.scheduler.task_prefixes) == {"unit"}
+        # What goes wrong later is not blamed on the address.
+        with pytest.raises(OSError, match="of its own"), engine._client(0, cluster.scheduler_address):
+            raise OSError("of its own")
 
 
 def test_a_plan_is_not_believed_that_its_model_may_run_code(table: Path, tmp_path: Path) -> None:
@@ -662,6 +666,7 @@ def test_the_command_line_goes_all_the_way(table: Path, undisturbed: Path, tmp_p
     assert "10 done" in told and "case-1, gradient: refused" in told and "constant" in told
     assert "0 results are gone" in medxai("verify", folder) and "4 are tried again" in medxai("retry", folder)
     assert "give a part as I/N" in medxai("run", folder, "--shard", "3/3", code=2)
+    medxai("run", folder, "--workers", -1, code=2)
     quoted = tmp_path / "it's $HOME"
     assert "holds no plan" in medxai("slurm", quoted, code=1) and not quoted.exists()
     planned(table, quoted)

@@ -117,6 +117,9 @@ def test_an_array_asks_for_a_gpu_and_says_where_python_is(tmp_path: Path) -> Non
     )
     told = [sys.executable, "-m", "MedXAILib", "cohort", "run", str(folder), "--shard", "3/7", "--device", "cuda"]
     assert said.stdout.splitlines() == told
+    (tmp_path / "a\nrm b").mkdir()
+    with pytest.raises(mx.MedXAIError, match="without line breaks"):
+        array(tmp_path / "a\nrm b", 7)
 
 
 def private_slurm() -> str:
@@ -124,7 +127,10 @@ def private_slurm() -> str:
     missing = [name for name in ("ip", "munged", "slurmctld", "slurmd", "sbatch", "unshare") if not shutil.which(name)]
     if missing:
         return f"no {', '.join(missing)} here"
-    tried = subprocess.run([PRIVATE, "true"], stderr=subprocess.PIPE, text=True)
+    try:
+        tried = subprocess.run([PRIVATE, "true"], stderr=subprocess.PIPE, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "it does not start within a minute"
     return f"it does not start: {tried.stderr[-200:]}" if tried.returncode else ""
 
 

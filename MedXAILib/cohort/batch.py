@@ -114,8 +114,15 @@ class Jobs:
 
 
 def array(folder: Path, jobs: int, device: str | None = None, trust: bool = False) -> str:
-    """A script for SLURM's sbatch: an array of `jobs` jobs that compute the plan in `folder`, without a scheduler."""
+    """A script for SLURM's sbatch: an array of `jobs` jobs that compute the plan in `folder`, without a scheduler.
+
+    Raises:
+        MedXAIError: when there is a line break in the folder's name.
+    """
     logs = folder.resolve() / "logs"
+    if not str(logs).isprintable():
+        # What follows a line break would be a line of the script.
+        raise MedXAIError(f"Scripts of jobs do without line breaks: {str(folder)!r} has some.")
     logs.mkdir(exist_ok=True)
     log = str(logs).replace("%", "%%").replace('"', '\\"')
     return _ARRAY.format(

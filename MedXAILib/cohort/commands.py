@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 
 _Folder = Annotated[Path, typer.Argument(help="The folder of the plan and its results.", show_default=False)]
+_Workers = Annotated[int, typer.Option("--workers", "-w", min=0, help="Processes on this machine; 0: in this one.")]
 
 
 class Into(str, Enum):
@@ -62,7 +63,7 @@ def plan(
 @app.command()
 def run(
     folder: _Folder,
-    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
+    workers: _Workers = 0,
     scheduler: Annotated[
         str | None,
         typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
@@ -203,7 +204,7 @@ def register(
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Where in the template they should fit.", show_default=False)
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
+    workers: _Workers = 0,
     scheduler: Annotated[
         str | None,
         typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
@@ -239,7 +240,7 @@ def reduce(
     by: Annotated[
         list[str] | None, typer.Option("--by", help="A column of the plan to split by, such as site; several times.")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", help="Processes on this machine; 0: in this one.")] = 0,
+    workers: _Workers = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("medxai-cohort"),
 ) -> None:
     """Write the mean and the spread of the maps, their shares in the regions of an atlas and whether groups differ, and

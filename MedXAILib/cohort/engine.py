@@ -213,10 +213,11 @@ def _client(workers: int, scheduler: str | Jobs | None) -> Iterator[Any]:
     with dask.config.set(settings):
         if isinstance(scheduler, str):
             try:
-                with Client(scheduler, timeout=30) as client:
-                    yield client
+                client = Client(scheduler, timeout=30)
             except OSError as error:
                 raise MedXAIError(f"No scheduler answers at '{scheduler}': start one, or check the address.") from error
+            with client:
+                yield client
             return
         if scheduler is not None:
             with scheduler.submitted() as cluster, Client(cluster) as client:
