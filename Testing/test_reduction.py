@@ -154,6 +154,9 @@ def test_without_a_map_there_is_nothing_to_reduce(mapped: Path, tmp_path: Path) 
     plan.save(tmp_path)
     with pytest.raises(mx.MedXAIError, match="holds no map yet"):
         reduce(tmp_path, onto(mapped)[0])
+    far = onto(mapped)[0].affine + np.array([[0, 0, 0, 9e3]] * 3 + [[0] * 4])
+    with pytest.raises(mx.MedXAIError, match="No map lies on the template"):
+        reduce(mapped, mx.Volume(onto(mapped)[0].data, far))
     # One whose map lies beside the template is left out, and told.
     first, second = list(plan.units())[:2]
     for unit, by in ((first, 0.0), (second, 900.0)):
@@ -168,6 +171,44 @@ def test_without_a_map_there_is_nothing_to_reduce(mapped: Path, tmp_path: Path) 
         and list(found.left_out) == [second.subject.uid]
         and not any((tmp_path / "reduction").iterdir())
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("gone.tfm", "gone.tfm' cannot be read .No such file"), ("plane.tfm", "transform of 2-D points")],
+)
+def test_a_transform_that_is_none_is_named(mapped: Path, tmp_path: Path, file: str, said: str) -> None:
+    sitk.WriteTransform(sitk.Euler2DTransform(), str(tmp_path / "plane.tfm"))
+    plan = read_plan(mapped)
+    replace(plan, subjects=tuple(replace(one, transform=str(tmp_path / file)) for one in plan.subjects)).save(tmp_path)
+    for unit in plan.units():
+        work.write_receipt(tmp_path, unit, {"status": "done"})
+    maps_of(mapped)["00"].save(tmp_path / RESULTS / next(plan.units()).key)
+    with pytest.raises(mx.MedXAIError, match=said):
+        reduce(tmp_path, onto(mapped)[0])
+
+
+@pytest.mark.parametrize("wrong", [0.5, 614454277.0, np.nan])
+def test_what_is_no_atlas_of_labels_is_refused(mapped: Path, wrong: float) -> None:
+    template, atlas = onto(mapped)
+    atlas.data[0, 3, 3, 3] = wrong
+    with pytest.raises(mx.MedXAIError, match="give labels, not probabilities"):
+        reduce(mapped, template, atlas)
+    with pytest.raises(mx.MedXAIError, match="give labels"):
+        reduce(mapped, template, mx.Volume(torch.zeros(2, 4, 4, 4), np.eye(4)))
+
+
+def test_a_mass_is_the_same_by_one_thread_and_by_many(mapped: Path) -> None:
+    template, _ = onto(mapped)
+    fine = mx.Volume(torch.zeros(1, 48, 52, 56), template.affine @ np.diag([0.5, 0.25, 0.25, 1]))
+    threads, found = torch.get_num_threads(), list[torch.Tensor]()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(reduce(mapped, fine)[0].mean)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 def people(count: int, **meta: Sequence[object]) -> list[Subject]:

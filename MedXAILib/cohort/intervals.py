@@ -22,7 +22,8 @@ def whose(subject: Subject) -> str:
 
 def spread(values: Sequence[float], patients: Sequence[str], share: bool = False) -> tuple[float, float, float]:
     """The mean of `values` and its 95 % interval: by a bootstrap over `patients`; of a `share` by Wilson, of as many
-    patients, where that is wider, as a bootstrap knows no doubt of what is always so. NaN of nothing, and the interval of a single patient."""
+    patients, where that is wider, as a bootstrap knows no doubt of what is always so. NaN of nothing, and the interval
+    of a single patient."""
     if not values:
         return math.nan, math.nan, math.nan
     _, of = np.unique(np.asarray(patients), return_inverse=True)

@@ -81,7 +81,8 @@ def reduce(
         workers, scheduler: as for `compute`. The result does not depend on them, to the last bit.
 
     Raises:
-        MedXAIError: when there is no map, or the cohort was registered to another template, or in part only.
+        MedXAIError: when there is no map, or none on the template, or the cohort was registered to another
+            template, or in part only.
     """
     folder = Path(folder).resolve()
     found, left_out = registered(folder, template)
@@ -102,6 +103,8 @@ def reduce(
             made = Overall(method, mean, variance, template.affine, sums.shares, count, sums.contributions, out)
             overall.append(made)
     discard(place)
+    if not overall and any(methods.values()):
+        raise MedXAIError("No map lies on the template, or all are zero there: is it the template of these scans?")
     if not overall:
         raise MedXAIError(f"'{folder}' holds no map yet: compute it first ('medxai cohort run').")
     return overall

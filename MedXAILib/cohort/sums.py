@@ -82,7 +82,7 @@ def prepare(
                     "map": str(folder / RESULTS / unit.key),
                     "digest": (receipt(folder, unit.key) or {}).get("digest"),
                     "transform": file,
-                    "transform_digest": file and hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+                    "transform_digest": file and _digest(file),
                 }
                 for unit, file in of
             ]
@@ -122,11 +122,21 @@ def _transform(file: str | None) -> sitk.Transform:
     if file is None:
         return sitk.Transform(3, sitk.sitkIdentity)
     try:
-        return sitk.ReadTransform(file)
+        found = sitk.ReadTransform(file)
     except RuntimeError as error:
         raise MedXAIError(
             f"'{file}' cannot be read as a transform: give one that SimpleITK wrote (.tfm, .h5)."
         ) from error
+    if found.GetDimension() != 3:
+        raise MedXAIError(f"'{file}' is a transform of {found.GetDimension()}-D points: give one of 3-D points.")
+    return found
+
+
+def _digest(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise MedXAIError(f"The transform '{file}' cannot be read ({error.strerror}): check the path.") from error
 
 
 def _write(place: Path, key: str) -> None:
@@ -141,7 +151,8 @@ def _write(place: Path, key: str) -> None:
         assert isinstance(made, SaliencyMap)
         through = _transform(one["transform"])
         where, values = _laid(made, grid, through)
-        mass = float(values.sum())
+        # By NumPy: what several threads of PyTorch add up depends on how they share it.
+        mass = float(values.numpy().sum())
         if not mass > 0:
             found.left_out[one["case"]] = "Its map is zero wherever the template is."
             continue
@@ -201,10 +212,20 @@ def by_region(values: Tensor, labels: Tensor, names: Mapping[int, str]) -> dict[
 
 
 def _labels(atlas: Volume | None, template: Volume) -> sitk.Image:
-    """The labels on the grid of the template; zero without an atlas."""
+    """The labels on the grid of the template; zero without an atlas.
+
+    Raises:
+        MedXAIError: when they are no labels, or too large to be told apart.
+    """
     grid = Volume(template.data[:1], template.affine).to_sitk()
     if atlas is None:
         return sitk.Cast(grid * 0, sitk.sitkInt64)
+    # Scans are float32, which has no odd numbers beyond.
+    if len(atlas.data) > 1 or not bool(((atlas.data == atlas.data.round()) & (atlas.data.abs() < 2**24)).all()):
+        raise MedXAIError(
+            f"'{atlas.source or 'The atlas'}' has other values than one integer label below {2**24} a voxel: give "
+            "labels, not probabilities, and number them anew if they are larger."
+        )
     identity = sitk.Transform(3, sitk.sitkIdentity)
     return sitk.Resample(atlas.to_sitk(), grid, identity, sitk.sitkNearestNeighbor, 0.0, sitk.sitkInt64)
 
