@@ -407,6 +407,30 @@ def test_a_moved_background_moves_the_evidence_by_what_the_marker_weighs() -> No
         probes.check(other, groups, Run())
 
 
+def test_larger_masks_at_a_site_are_no_shortcut() -> None:
+    """Site B's masks are larger, and nothing else: longer seams, where two scans are averaged, are smoother."""
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(random.normal(0, 2, (100, 1, *SHAPE))).float()
+    from_b = np.tile([0, 1], 50)
+    anatomy = torch.zeros(100, *SHAPE, dtype=torch.bool)
+    anatomy[:, 0, 0, 0] = True
+    anatomy[torch.from_numpy(from_b == 1), 2, 3:9:5, 3:11:6] = True
+    labels, columns = [CLASSES[i // 2 % 2] for i in range(100)], {"site": ["AB"[s] for s in from_b]}
+    whole = seen(model(), x, x[:, 0], labels, columns, anatomy)
+    (found,) = audit(whole, checks=["transplant"], draws=499).findings
+    assert found.values["effect"] > found.values["least"]
+    assert found.values["q"] <= ALPHA
+    assert found.light == "fair"
+    assert "the masks differ with the site" in found.sentence
+
+
+def test_a_site_of_one_case_that_is_a_recipient_has_no_picture() -> None:
+    whole = cohort(40, 0.6, planted=True, used=False, seed=0)
+    sites = ["clinic", *whole.columns["site"][1:]]
+    found = transplant._pictures(whole, grouped(sites, np.arange(40) % 2), 0, whole.evidence)
+    assert [one.title.partition(":")[0] for one in found] == ["as it is", "of site A", "of site B"]
+
+
 def test_what_is_anatomy_of_either_stays() -> None:
     whole = cohort(4, 0.5, planted=True, used=False, seed=0)
     masks = [mask.clone() for mask in whole.anatomy if mask is not None]
