@@ -394,12 +394,12 @@ def test_what_is_said_of_an_arm_is_so(tmp_path: Path) -> None:
     with (tmp_path / "out" / "imrmc.csv").open(encoding="utf-8") as file:
         head, *lines = csv.reader(file)
     assert head == ["readerID", "caseID", "modalityID", "score"]
-    assert [line for line in lines if line[0] == "-1"] == [
-        ["-1", c.uid, "0", str(int(c.truth == "malignant"))] for c in made.cases
+    assert [line for line in lines if line[0] == "truth"] == [
+        ["truth", c.uid, "truth", str(int(c.truth == "malignant"))] for c in made.cases
     ]
     assert len(lines) == 48 + 4 * 48
     # As the programs for it count: of each reader and arm, how often a diseased case is rated above another one.
-    truth = {case: int(score) for reader, case, _, score in lines if reader == "-1"}
+    truth = {case: int(score) for reader, case, _, score in lines if reader == "truth"}
     for reader in made.design.readers:
         for arm in ARMS:
             scores: tuple[list[float], list[float]] = ([], [])

@@ -145,13 +145,14 @@ def summary(study: Study, found: Sequence[Reading], draws: int = _DRAWS) -> dict
 
 def write(study: Study, found: Sequence[Reading], folder: Path) -> None:
     """Write `readings.csv` (a row for each answer), `columns.csv` (what its columns mean), and `imrmc.csv`: the data
-    frame of the R package iMRMC (FDA) for multi-reader multi-case analysis, in which reader -1 says what is true."""
+    frame of the R package iMRMC (FDA) for multi-reader multi-case analysis, in which the reader "truth" says what is
+    true, of the modality "truth"."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(Reading.__dataclass_fields__)
     write_rows(folder / "readings.csv", names, ([getattr(row, name) for name in names] for row in found))
     write_rows(folder / "columns.csv", ["column", "meaning"], _COLUMNS.items())
     sought = study.design.answers[-1]
-    truth = [("-1", case.uid, "0", int(case.truth == sought)) for case in study.cases]
+    truth = [("truth", case.uid, "truth", int(case.truth == sought)) for case in study.cases]
     heads = ["readerID", "caseID", "modalityID", "score"]
     write_rows(folder / "imrmc.csv", heads, [*truth, *((r.reader, r.case, r.arm, r.rating) for r in found)])
 
