@@ -28,14 +28,19 @@ _READING = (
     "warning says that the network can see the site, not that it uses it. No sign means that as much as stated would "
     "stand out from chance; where cases are too few for that, the check cannot say.",
     "Sites may differ within a class for good reasons, such as larger lesions. That looks the same to all checks but "
-    "the one that moves backgrounds: name what may differ (--within) to compare like with like.",
+    "the one that moves backgrounds (given masks that are made alike): name what may differ (--within) to compare like "
+    "with like.",
     "Nothing here says that the network is right, and what no column names is not looked for.",
 )
 
 
 def page(audit: Audit, made: Mapping[str, Any]) -> str:
     """The HTML page, UTF-8; `made` says where the cohort comes from."""
-    by, network, method = ", ".join(map(escape, made["by"])), made["model"]["name"], title(made["method"])
+    by, network, method = (
+        ", ".join(map(escape, made["by"])),
+        made["model"]["name"] or "A network",
+        title(made["method"]),
+    )
     parts = [
         f"<h1>Does the network lean on the {by}?</h1>",
         f"<p class=lead>{escape(f'{network}, {audit.cases} cases, maps of {method}')}.</p>",
