@@ -357,11 +357,17 @@ def test_recomputed_it_is_the_same_though_the_library_has_grown(made: mx.Model, 
     library.add([record(made, "new", scan(4, 1.65, 0), "spiky")])
     again = mx.recompute(first, made, volume)
     assert [(c.uid, c.role, c.similarity) for c in again.cases] == [(c.uid, c.role, c.similarity) for c in first.cases]
+    assert torch.equal(again.query_map, first.query_map)  # type: ignore[arg-type]
+    for one, other in zip(again.cases, first.cases, strict=True):
+        assert one.query_map is not None and other.query_map is not None
+        assert torch.equal(one.query_map.data, other.query_map.data)
+        assert np.array_equal(one.query_map.affine, other.query_map.affine)
     assert ask(made, library, volume).cases[0].uid == "new"
 
 
 def test_saved_and_loaded_it_is_the_same(made: mx.Model, tmp_path: Path) -> None:
-    found = ask(made, stored(tmp_path, made), scan(4, 1.6, 0))
+    volume = scan(4, 1.6, 0)
+    found = ask(made, stored(tmp_path, made), volume)
     loaded = mx.load_explanation(found.save(tmp_path / "saved"))
     assert isinstance(loaded, mx.SimilarCases)
     for one, other in zip(loaded.cases, found.cases, strict=True):
@@ -370,6 +376,12 @@ def test_saved_and_loaded_it_is_the_same(made: mx.Model, tmp_path: Path) -> None
         assert one.query_map is not None and other.query_map is not None
         assert torch.equal(one.query_map.data, other.query_map.data)
         np.testing.assert_allclose(one.query_map.affine, other.query_map.affine, atol=1e-9)
+    # Formerly maps were kept on the whole grid of the scan.
+    whole = [replace(case, query_map=mx.Volume(on_scan(case, volume), volume.affine)) for case in found.cases]
+    former = mx.load_explanation(replace(found, cases=tuple(whole)).save(tmp_path / "former"))
+    assert isinstance(former, mx.SimilarCases)
+    for one, other in zip(former.cases, found.cases, strict=True):
+        assert torch.equal(on_scan(one, volume), on_scan(other, volume))
 
 
 def test_a_part_of_a_map_is_drawn_where_it_is_in_the_whole(oblique: mx.Volume) -> None:
