@@ -143,7 +143,7 @@ def test_each_target_has_its_plot_and_long_tables_say_where_the_rest_is(said: st
 
 def test_differences_are_ranked_by_q_and_counted(said: str) -> None:
     shown = words(said)
-    assert "1 of 2 comparisons have a q below 0.05" in shown
+    assert "1 of 2 comparisons have a q below 0.05: of such, about 5% or fewer are chance." in shown
     ranked = (("left <lobe>", "-0.375"), ("right", "0.01"), ("trachea", "0"))
     places = [shown.index(f"{region} north - <south> 5 {mean}") for region, mean in ranked]
     assert places == sorted(places) and "0.002" in shown and "too few" in shown
@@ -168,6 +168,30 @@ def peaks_at(picture: Image.Image, voxel: tuple[int, int, int]) -> None:
     away = ((affine @ [*voxel, 1])[:3] - (ends.min(0) + ends.max(0)) / 2) / np.ptp(ends, axis=0).max() * 280
     # The patient's right is on the left; the third plane is seen from the patient's left.
     assert columns == pytest.approx([140 - away[0], 140 - away[0], 140 - away[1]], abs=12)
+
+
+def test_cases_to_look_at_are_in_their_order_and_no_means(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    heads = ["case", "group", "cases", "mean", "low", "high", "by", "target", "of", "shows"]
+    rows = [
+        ["case-3", "all", 5, 0.6, "", "", "", "", "concept", "b"],
+        ["case-1", "all", 5, 0.9, "", "", "", "", "concept", "a"],
+    ]
+    table(tmp_path / "tcav-typical.csv", heads, *rows)
+    text = page(cohort[0], tmp_path)
+    assert re.search("Cases to look at .*case-3 all 5 0.6 concept b case-1 all 5 0.9 concept a", words(text))
+    assert "<svg" not in text
+
+
+def test_folders_of_who_planned_it_are_not_on_the_page(tmp_path: Path) -> None:
+    secret = tmp_path / "dr_who"
+    scan = str(secret / "scan.nrrd")
+    plan = make_plan(str(secret / "net"), "f", {"tcav": {"concepts": str(secret / "x.yml")}}, [Subject("a", (scan,))])
+    plan.save(tmp_path)
+    (unit,) = plan.units()
+    write_receipt(tmp_path, unit, {"status": "refused", "reason": f"'{scan}' is damaged."})
+    table(tmp_path / "tcav-left-out.csv", ["case", "reason"], ["a", f"{scan} is flat"])
+    text = unescape(page(tmp_path, tmp_path))
+    assert "dr_who" not in text and "'scan.nrrd' is damaged" in text and '"concepts": "x.yml"' in text
 
 
 def test_where_it_comes_from_is_told(said: str) -> None:

@@ -31,6 +31,7 @@ _MEANS = ["group", "cases", "mean", "low", "high"]
 # Names in a plot, rows of a table, and letters of a name; the files have all.
 _MOST, _ROWS, _LETTERS = 15, 60, 34
 _DISCOVERY = 0.05
+_TYPICAL = "In this order: the mean is the share of all that counts that a case shows, with those before it."
 # Pixels of a plane.
 _SIZE = 280
 
@@ -121,6 +122,8 @@ def _method(
     for table in tables:
         if table.name == "differences":
             parts.append(_differences(table))
+        elif table.name == "typical":
+            parts.append(f"<h3>Cases to look at</h3><p>{_TYPICAL}</p>{_rows(table)}")
         elif table.of_means:
             plots = [_forest(table, *each) for each in _by_target(table)]
             parts.append(f"<div class=plots>{''.join(plots)}</div>{_folded(table)}")
@@ -135,10 +138,11 @@ def _maps(folder: Path, result: Path, method: str, receipts: Sequence[Mapping[st
     one = json.loads((folder / RESULTS / done[0]["unit"] / MANIFEST).read_text(encoding="utf-8"))
     made = Provenance(**one["provenance"]).model_copy(update={"region": None, "partial": False})
     scan = load_volume(template)
-    for what in ("mean", "variance"):
+    for what, bright in {"mean": "share of map", "variance": "cases differ"}.items():
         values = load_volume(result / f"{method}-{what}.nrrd")
         of = f"{title(method)}: {what} of the maps"
-        yield of, montage(scan, SaliencyMap(made, {}, values.data, values.affine, signed=False), title=of, size=_SIZE)
+        heat = SaliencyMap(made, {}, values.data, values.affine, signed=False)
+        yield of, montage(scan, heat, title=of, size=_SIZE, bright=bright)
 
 
 def _tables(result: Path, method: str) -> Iterator[Table]:
@@ -194,7 +198,8 @@ def _differences(table: Table) -> str:
     ranked = sorted(table.rows, key=lambda row: q if (q := _number(row.get("q", ""))) is not None else math.inf)
     known = [q for row in ranked if (q := _number(row.get("q", ""))) is not None]
     found = sum(q < _DISCOVERY for q in known)
-    said = f"{found} of {len(known)} comparisons have a q below {_DISCOVERY:g}: about that share of them is chance."
+    said = f"{found} of {len(known)} comparisons have a q below {_DISCOVERY:g}"
+    said += f": of such, about {_DISCOVERY:.0%} or fewer are chance." if found else "."
     return (
         f"<h3>Differences between groups</h3><p>{said}</p>{_rows(Table(table.file, table.name, table.heads, ranked))}"
     )
@@ -231,19 +236,27 @@ def _capital(name: str) -> str:
 
 
 def _troubles(plan: Plan, receipts: Sequence[Mapping[str, Any]], tables: Mapping[str, Sequence[Table]]) -> str:
+    files = {one.uid: one.volume for one in plan.subjects}
     each = [
-        (f"{one['status']}: {one['reason']}", one["method"], one["case"])
+        (f"{one['status']}: {_short(one['reason'], files[one['case']])}", one["method"], one["case"])
         for one in receipts
         if one["status"] in ("refused", "failed")
     ]
     each += [
-        (f"left out: {row['reason']}", method, row["case"])
+        (f"left out: {_short(row['reason'], files.get(row['case'], ()))}", method, row["case"])
         for method, of in tables.items()
         for table in of
         if table.name == "left-out"
         for row in table.rows
     ]
     return reasons("What is missing, and why", each, dict.fromkeys(plan.methods, plan.subjects))
+
+
+def _short(reason: str, files: Sequence[str]) -> str:
+    """Without the folders in which the scan's `files` are."""
+    for file in files:
+        reason = reason.replace(file, Path(file).name)
+    return reason
 
 
 def _reading() -> str:
@@ -264,12 +277,12 @@ def _reading() -> str:
 def _provenance(plan: Plan, receipts: Sequence[Mapping[str, Any]]) -> str:
     done = [one for one in receipts if one["status"] == "done"]
     versions = {f"{name} {version}" for one in done for name, version in one.get("versions", {}).items()}
-    columns = dict.fromkeys(name for one in plan.subjects for name in one.meta)
+    columns, methods = dict.fromkeys(name for one in plan.subjects for name in one.meta), plan.methods.items()
     rows = {
-        "network": plan.model,
+        "network": _shared(plan.model),
         "fingerprint": plan.fingerprint,
         "seed": plan.seed,
-        **{f"method: {title(method)}": json.dumps({"id": method, **given}) for method, given in plan.methods.items()},
+        **{f"method: {title(method)}": json.dumps({"id": method, **_shared(given)}) for method, given in methods},
         "cases": ", ".join(one.uid for one in plan.subjects),
         "known of cases": ", ".join(columns),
         "versions": ", ".join(sorted(versions)),
@@ -280,6 +293,15 @@ def _provenance(plan: Plan, receipts: Sequence[Mapping[str, Any]]) -> str:
         f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value != ""
     )
     return f"<details><summary>Where this comes from</summary><table>{cells}</table></details>"
+
+
+def _shared(said: Any) -> Any:
+    """What is planned, without the folders of who planned it."""
+    if isinstance(said, Mapping):
+        return {name: _shared(one) for name, one in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [_shared(one) for one in said]
+    return Path(said).name if isinstance(said, str) and Path(said).is_absolute() else said
 
 
 _STYLE = """

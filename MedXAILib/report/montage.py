@@ -115,6 +115,7 @@ def montage(
     probability: float | None = None,
     channel: int = 0,
     size: int = 380,
+    bright: str = "speaks for",
 ) -> Image.Image:
     """Axial, coronal and sagittal planes through the peak of a map, at one scale (one plane for a plain image).
 
@@ -125,6 +126,7 @@ def montage(
         window: the values shown black and white; found by itself when left out.
         title, probability: what is written above; the method and the target when left out.
         size: pixels along the side of a plane.
+        bright: what the brightest colour means.
 
     Raises:
         MedXAIError: for the maps of a batch, and a map that is not on the grid of the scan.
@@ -167,7 +169,7 @@ def montage(
             small = Image.fromarray(_grey(view.sample(scan, np.nan), low, high))
             _frame(small, view, views[row])
             sheet.locator(small, row)
-    sheet.colours(largest, saliency_map.signed)
+    sheet.colours(largest, saliency_map.signed, bright)
     sheet.footer(outline is not None, len(volume.shape) == 3)
     return sheet.image
 
@@ -226,7 +228,7 @@ class _Sheet:
     def locator(self, small: Image.Image, row: int) -> None:
         self.image.paste(small, (self.right, self._top(0) + row * (self.side + 8)))
 
-    def colours(self, largest: float, signed: bool) -> None:
+    def colours(self, largest: float, signed: bool, bright: str) -> None:
         top, height, width = self._top(1) + 26, self.size - 52, 22
         bottom = -1.0 if signed else 0.0
         values = np.linspace(1, bottom, height)[:, None].repeat(width, 1)
@@ -236,7 +238,7 @@ class _Sheet:
             y = top + (1 - value) / (1 - bottom) * (height - 1)
             self.draw.line((self.right + width, y, self.right + width + 5, y), fill=_FAINT)
             self._text((self.right + width + 9, y), f"{value * largest:.2g}", 14, _TEXT, "lm")
-        self._text((self.right, top - 9), "speaks for", 14, _FAINT, "ls")
+        self._text((self.right, top - 9), bright, 14, _FAINT, "ls")
         if signed:
             self._text((self.right, top + height + 6), "speaks against", 14, _FAINT, "lt")
 
