@@ -535,3 +535,10 @@ def test_maps_need_a_template_and_what_is_told_is_written_anyway(tmp_path: Path)
     said = CliRunner().invoke(app, ["cohort", "reduce", str(tmp_path / "both"), "--out", str(tmp_path / "out")])
     assert said.exit_code != 0 and "give --template" in str(said.exception) + said.output
     assert (tmp_path / "out" / "tcav-concepts.csv").exists()
+
+
+def test_a_column_that_the_plan_has_not_is_refused(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "c", "tcav", [scores(x=1.0)], site=["a"])
+    said = CliRunner().invoke(app, ["cohort", "reduce", str(folder), "--by", "sitee", "--out", str(tmp_path / "out")])
+    assert said.exit_code != 0 and "did you mean site?" in said.output
+    assert not (tmp_path / "out").exists()

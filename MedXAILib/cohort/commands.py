@@ -251,12 +251,16 @@ def reduce(
     from MedXAILib.cohort import reduce as reduction
     from MedXAILib.cohort import told
     from MedXAILib.cohort.plan import read_plan
-    from MedXAILib.errors import MedXAIError
+    from MedXAILib.errors import MedXAIError, unknown
     from MedXAILib.volume import load_volume
 
     called = {} if names is None else {int(k): v for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
     labels = None if atlas is None else load_volume(atlas)
     subjects = read_plan(folder).subjects
+    columns = dict.fromkeys(name for one in subjects for name in one.meta)
+    for column in by or []:
+        if column not in columns:
+            raise unknown("column of the plan", column, columns)
     with _live() as live:
         for method, tables in told.reduce(folder, by or [], live):
             tables.write(method, out)
