@@ -306,7 +306,7 @@ def explain(
         parameters = _parameters(method, given)
         run.step(0, 1, "Reading the network and the scan")
         network = _load(model, trust)
-        scan = load_volume(volume[0] if len(volume) == 1 else volume)
+        scan = load_volume(volume)
         mask = None if segmentation is None else load_volume(segmentation)
         if where is None and mask is not None and not network.takes_whole:
             where = centre(mask)
@@ -440,8 +440,7 @@ def report(
     with _busy("Writing"):
         from MedXAILib.report.saved import write_page
 
-        files = volume[0] if volume and len(volume) == 1 else volume
-        written = write_page(explanation, files or None, segmentation, pdf)
+        written = write_page(explanation, volume or None, segmentation, pdf)
     typer.echo(f"Look at {visible(str(written))}")
 
 

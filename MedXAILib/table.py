@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,11 @@ def write_rows(path: Path, heads: Sequence[str], rows: Iterable[Sequence[object]
     """Write a CSV file, UTF-8, in which no text is a formula."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([inert(cell) for cell in row] for row in [heads, *rows])
+
+
+def without_nan(rows: Iterable[Sequence[object]]) -> Iterator[list[object]]:
+    """`rows` whose cells are empty where a number is not known (NaN)."""
+    return (["" if cell != cell else cell for cell in row] for row in rows)
 
 
 def inert(cell: object) -> object:

@@ -135,6 +135,8 @@ def stack(volumes: Sequence[Volume]) -> Volume:
         MedXAIError: when they are not on one grid.
     """
     first = volumes[0]
+    if len(volumes) == 1:
+        return first
     for other in volumes[1:]:
         if other.shape != first.shape or not np.allclose(other.affine, first.affine, atol=1e-3):
             raise MedXAIError(

@@ -26,8 +26,8 @@ from MedXAILib.cli import app
 from MedXAILib.cohort.plan import Subject, make_plan
 from MedXAILib.cohort.work import RESULTS, write_receipt
 from MedXAILib.export.bids import label, write_bids
-from MedXAILib.export.made_by import without_folders
 from MedXAILib.export.rows import COLUMNS, regions, rows, write_table
+from MedXAILib.placeless import without_folders
 from MedXAILib.registry import EXPLAINERS
 
 SHAPE = (9, 14, 11)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from MedXAILib import __version__
 from MedXAILib.audit.cohort import Cohort, seen
+from MedXAILib.bundle import sha256
+from MedXAILib.cohort import told
 from MedXAILib.cohort.intervals import whose
 from MedXAILib.cohort.plan import PLAN, Unit, read_plan
-from MedXAILib.cohort.work import RESULTS, receipt
+from MedXAILib.cohort.state import explained
+from MedXAILib.cohort.work import RESULTS
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.explanation import SaliencyMap, load_explanation
 from MedXAILib.grid import resample
@@ -47,13 +49,15 @@ def gather(
     for column in columns:
         if column not in known:
             raise unknown("column of the plan", column, known)
-    units = [unit for unit in plan.units() if method in (None, unit.method) and _is_done(folder, unit)]
+    mapped = told.maps(folder)
+    units = [unit for unit in explained(folder) if unit.method in mapped and method in (None, unit.method)]
+    units = [unit for unit in units if unit.method == units[0].method]
     found: list[tuple[Unit, SaliencyMap]] = []
     for done, unit in enumerate(units):
         run.step(done, len(units), "Reading maps")
         explanation = load_explanation(folder / RESULTS / unit.key)
-        if isinstance(explanation, SaliencyMap) and unit.method == (found[0][0].method if found else unit.method):
-            found.append((unit, explanation))
+        assert isinstance(explanation, SaliencyMap)
+        found.append((unit, explanation))
     if not found:
         raise MedXAIError(f"'{folder}' holds no map yet: compute it first ('medxai cohort run').")
     found, every = _independent(found, (label, *columns)), len(found)
@@ -62,8 +66,7 @@ def gather(
     prepared, maps, anatomy = [], [], []
     for done, (unit, explanation) in enumerate(found):
         run.step(done, len(found), "Reading scans")
-        files = unit.subject.volume
-        volume = load_volume(files[0] if len(files) == 1 else list(files))
+        volume = load_volume(unit.subject.volume)
         check_explained(explanation.provenance, model, volume)
         one = model.prepare(volume, unit.subject.region)
         shape = one.x.shape[1:]
@@ -87,7 +90,7 @@ def gather(
         [one.affine for one in prepared],
     )
     made = {
-        "plan": hashlib.sha256((folder / PLAN).read_bytes()).hexdigest()[:32],
+        "plan": sha256(folder / PLAN)[:32],
         "model": {"name": model.name, "fingerprint": model.fingerprint},
         "method": found[0][0].method,
         "parameters": dict(found[0][0].parameters),
@@ -105,8 +108,3 @@ def _independent(found: Sequence[tuple[Unit, SaliencyMap]], wanted: Sequence[str
         first.setdefault(subject.volume if patient == subject.uid else patient, one)
     kept = {id(one) for one in first.values()}
     return [one for one in found if id(one) in kept]
-
-
-def _is_done(folder: Path, unit: Unit) -> bool:
-    known = receipt(folder, unit.key)
-    return known is not None and known["status"] == "done"

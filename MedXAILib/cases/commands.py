@@ -129,7 +129,7 @@ def search(
         run.step(0, 1, "Embedding the scan")
         model = _load(_network(cases, trust), trust)
         with model.ready(device):
-            seen = model.prepare(load_volume(volume if len(volume) > 1 else volume[0]), corner)
+            seen = model.prepare(load_volume(volume), corner)
             vector = spaces.space(space).embed(model, seen.x[None])[0].numpy()
         hits = cases.search(vector, count, space, held, not_patient, spaces.fingerprint(model))
     Console(highlight=False).print(_found(hits))

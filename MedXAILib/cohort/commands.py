@@ -15,6 +15,10 @@ app = typer.Typer(
 )
 
 _Folder = Annotated[Path, typer.Argument(help="The folder of the plan and its results.", show_default=False)]
+_Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
+]
 _Workers = Annotated[int, typer.Option("--workers", "-w", min=0, help="Processes on this machine; 0: in this one.")]
 
 
@@ -64,10 +68,7 @@ def plan(
 def run(
     folder: _Folder,
     workers: _Workers = 0,
-    scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
-    ] = None,
+    scheduler: _Scheduler = None,
     jobqueue: Annotated[
         str | None,
         typer.Option("--jobqueue", help="Submit jobs to this batch system: slurm, pbs or lsf.", show_default=False),
@@ -205,10 +206,7 @@ def register(
         Path | None, typer.Option("--mask", help="Where in the template they should fit.", show_default=False)
     ] = None,
     workers: _Workers = 0,
-    scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", help="The address of a Dask scheduler, tcp://host:8786.", show_default=False),
-    ] = None,
+    scheduler: _Scheduler = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what was refused or failed.")] = False,
 ) -> None:
     """Register the scans that have no transform to a template, for reduce. It may be interrupted at any time.

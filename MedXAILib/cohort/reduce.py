@@ -16,14 +16,14 @@ from torch import Tensor
 from MedXAILib.cohort.differences import Difference, differences, grouped
 from MedXAILib.cohort.engine import carry_out
 from MedXAILib.cohort.intervals import spread, whose
-from MedXAILib.cohort.plan import Subject, Unit, read_plan
+from MedXAILib.cohort.plan import Subject, Unit
 from MedXAILib.cohort.registration import registered
+from MedXAILib.cohort.state import explained
 from MedXAILib.cohort.sums import Summing, discard, merged, prepare
 from MedXAILib.cohort.told import maps
-from MedXAILib.cohort.work import receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.run import Run
-from MedXAILib.table import write_rows
+from MedXAILib.table import without_nan, write_rows
 from MedXAILib.volume import Volume
 
 
@@ -87,9 +87,9 @@ def reduce(
     folder = Path(folder).resolve()
     found, left_out = registered(folder, template)
     methods: dict[str, list[tuple[Unit, str | None]]] = {method: [] for method in maps(folder)}
-    for unit in read_plan(folder).units():
-        known, uid = receipt(folder, unit.key), unit.subject.uid
-        if unit.method in methods and uid not in left_out and known is not None and known["status"] == "done":
+    for unit in explained(folder):
+        uid = unit.subject.uid
+        if unit.method in methods and uid not in left_out:
             methods[unit.method].append((unit, unit.subject.transform or found.get(uid)))
     place, pieces = prepare(folder, template, atlas, names or {}, methods)
     carry_out(Summing(place), list(pieces), "Putting the maps together", workers, scheduler, run=run)
@@ -164,5 +164,4 @@ def write(overall: Overall, subjects: Sequence[Subject], columns: Sequence[str],
     }
     for name, (names, rows) in tables.items():
         if rows or name in ("cases", "regions"):
-            cells = [["" if cell != cell else cell for cell in row] for row in rows]
-            write_rows(folder / f"{overall.method}-{name}.csv", names, cells)
+            write_rows(folder / f"{overall.method}-{name}.csv", names, without_nan(rows))

@@ -17,7 +17,7 @@ from MedXAILib.cohort.engine import carry_out, given_up
 from MedXAILib.cohort.fit import KINDS, fit
 from MedXAILib.cohort.plan import Subject, Unit, read_plan
 from MedXAILib.cohort.state import outdated
-from MedXAILib.cohort.work import RECEIPTS, Status, receipt, replaced, scan_of, stamp, write_receipt
+from MedXAILib.cohort.work import RECEIPTS, Status, receipt, replaced, stamp, write_receipt
 from MedXAILib.durable import write_durably
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.run import Run
@@ -61,7 +61,7 @@ class Registering:
         template, mask = _files(self)
         told: dict[str, Any] = {"scan": stamp(unit.subject.volume), "attempt": attempt}
         try:
-            scan = scan_of(unit.subject.volume)
+            scan = load_volume(unit.subject.volume)
             found = fit(scan, template, self.kind, mask)
         except MedXAIError as error:
             return write_receipt(self.place, unit, told | {"status": "refused", "reason": str(error)})

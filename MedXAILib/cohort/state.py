@@ -76,6 +76,11 @@ def outdated(folder: Path, units: Sequence[Unit]) -> list[str]:
     return wrong
 
 
+def explained(folder: Path) -> list[Unit]:
+    """The units of the plan in `folder` that are done, in its order."""
+    return [unit for unit in read_plan(folder).units() if (receipt(folder, unit.key) or {}).get("status") == "done"]
+
+
 def results(folder: str | Path, run: Run | None = None) -> Iterator[tuple[Subject, Explanation]]:
     """What was explained, in the order of the plan, each with its case.
 
@@ -83,8 +88,7 @@ def results(folder: str | Path, run: Run | None = None) -> Iterator[tuple[Subjec
         MedXAIError: when nothing was, or a result is damaged.
     """
     folder, run = Path(folder), run or Run()
-    units = list(read_plan(folder).units())
-    done = [unit for unit in units if (receipt(folder, unit.key) or {}).get("status") == "done"]
+    done = explained(folder)
     if not done:
         raise MedXAIError(f"'{folder}' holds no explanation yet: compute it first ('medxai cohort run').")
     for i, unit in enumerate(done):

@@ -18,6 +18,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from MedXAILib.bundle import sha256
 from MedXAILib.cohort.fit import inverse
 from MedXAILib.cohort.plan import Unit
 from MedXAILib.cohort.work import RESULTS, Status, receipt
@@ -134,7 +135,7 @@ def _transform(file: str | None) -> sitk.Transform:
 
 def _digest(file: str) -> str:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return sha256(Path(file))
     except OSError as error:
         raise MedXAIError(f"The transform '{file}' cannot be read ({error.strerror}): check the path.") from error
 

@@ -15,7 +15,7 @@ from MedXAILib.cohort.differences import differences, grouped
 from MedXAILib.cohort.intervals import spread, whose
 from MedXAILib.cohort.plan import Subject
 from MedXAILib.cohort.typical import typical
-from MedXAILib.table import write_rows
+from MedXAILib.table import without_nan, write_rows
 from MedXAILib.textual.significance import benjamini_hochberg
 from MedXAILib.textual.tcav import score
 
@@ -171,5 +171,4 @@ def _with_q(rows: list[dict[str, Any]], tested: list[dict[str, Any]]) -> list[di
 
 def _write(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     heads = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    cells = ([row.get(head, "") for head in heads] for row in rows)
-    write_rows(path, heads, (["" if cell != cell else cell for cell in row] for row in cells))
+    write_rows(path, heads, without_nan([row.get(head, "") for head in heads] for row in rows))

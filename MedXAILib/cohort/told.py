@@ -16,9 +16,10 @@ from MedXAILib.caption import Caption
 from MedXAILib.cases.library import Library
 from MedXAILib.cases.record import Record
 from MedXAILib.cohort.plan import Subject, read_plan
+from MedXAILib.cohort.state import explained
 from MedXAILib.cohort.surrogate import Known, by_rules, measured, surrogate
 from MedXAILib.cohort.tables import Said, Tables
-from MedXAILib.cohort.work import RESULTS, receipt
+from MedXAILib.cohort.work import RESULTS
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import Explanation, load_explanation
@@ -41,17 +42,16 @@ def reduce(folder: str | Path, by: Sequence[str] = (), run: Run | None = None) -
         by: columns of the plan, by which the cases are told apart, too.
     """
     folder, run = Path(folder), run or Run()
-    plan, mapped = read_plan(folder), maps(folder)
+    plan, mapped, done = read_plan(folder), maps(folder), explained(folder)
     for method in (one for one in plan.methods if one not in mapped):
         tables, known = Tables(by), list[Known]()
-        units = [unit for unit in plan.units() if unit.method == method]
-        for done, unit in enumerate(units):
-            run.step(done, len(units), f"Putting together what {method} tells")
-            if (receipt(folder, unit.key) or {}).get("status") == "done":
-                told = load_explanation(folder / RESULTS / unit.key)
-                case = _known(unit.subject, told)
-                tables.add(unit.subject, _KINDS[type(told)](case, told))
-                known.append(case)
+        units = [unit for unit in done if unit.method == method]
+        for i, unit in enumerate(units):
+            run.step(i, len(units), f"Putting together what {method} tells")
+            told = load_explanation(folder / RESULTS / unit.key)
+            case = _known(unit.subject, told)
+            tables.add(unit.subject, _KINDS[type(told)](case, told))
+            known.append(case)
         for subject, said in surrogate(known, plan.seed):
             tables.add(subject, said)
         yield method, tables

@@ -53,7 +53,7 @@ def do(folder: str, key: str, device: str | None = None, attempt: int = 1) -> St
     # Before it is read: what is replaced while it is read looks replaced.
     told: dict[str, Any] = {"scan": stamp(unit.subject.volume)}
     try:
-        volume = scan_of(unit.subject.volume)
+        volume = load_volume(unit.subject.volume)
         told["volume"] = volume.fingerprint
         try:
             found = _explained(plan, unit, model, volume, device)
@@ -115,11 +115,6 @@ def _model(path: str, trust: bool, code: str | None) -> Model:
     return load_model(path, trust=trust)
 
 
-def scan_of(files: Sequence[str]) -> Volume:
-    """The scan in one file or folder, or in several, as channels."""
-    return load_volume(files[0] if len(files) == 1 else list(files))
-
-
 def stamp(files: Sequence[str]) -> str | None:
     """A hash of the names, sizes and times of a scan's files: what is cheap to know of it. None when one is missing."""
     said = []
@@ -145,7 +140,7 @@ def replaced(unit: Unit, known: dict[str, Any]) -> bool:
 def _fingerprint(files: Sequence[str], _stamp: str | None) -> str | None:
     """That of the scan in `files`, read once for all that is asked of it; None of one that cannot be read."""
     try:
-        return scan_of(files).fingerprint
+        return load_volume(files).fingerprint
     except MedXAIError:
         return None
 

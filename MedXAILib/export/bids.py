@@ -22,10 +22,10 @@ from MedXAILib.cohort.intervals import whose
 from MedXAILib.cohort.plan import Subject
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import Explanation, SaliencyMap, written_whole
-from MedXAILib.export.made_by import placeless, without_folders
 from MedXAILib.export.maps import maps
 from MedXAILib.export.rows import COLUMNS, Row, cell, columns, of_spot, regions, spots, told
 from MedXAILib.hotspots import HotSpot
+from MedXAILib.placeless import placeless, without_folders
 from MedXAILib.report.page import RESEARCH_ONLY
 from MedXAILib.table import inert
 from MedXAILib.volume import Volume

@@ -5,21 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from MedXAILib import __version__
 from MedXAILib.explanation import Provenance
+from MedXAILib.placeless import placeless
 
 if TYPE_CHECKING:
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.sr import CodedConcept
 
 _SCHEME = "99MEDXAI"
-_ROOT = r"(?:/|[A-Za-z]:[\\/]|\\\\)"
-# An apostrophe in a name ("O'Brien") does not end what is quoted.
-_PATH = re.compile(rf"(?<='){_ROOT}(?:[^']|'(?=\w))*(?=')|(?<![\w.:/\\]){_ROOT}[^\s'\"]*[\\/][^\s'\"]*")
 
 
 def equipment(made: Provenance) -> dict[str, Any]:
@@ -60,22 +56,6 @@ def algorithm(made: Provenance) -> AlgorithmIdentificationSequence:
         source="MedXAI",
         parameters=parameters,
     )
-
-
-def without_folders(text: str) -> str:
-    """`text` with the absolute paths in it, quoted or free of spaces, by their last name alone."""
-    return _PATH.sub(lambda found: PureWindowsPath(found[0]).name or found[0], text)
-
-
-def placeless(value: Any) -> Any:
-    """Paths without their folders, in lists and mappings, too: they name people and machines, and objects are sent
-    around."""
-    if isinstance(value, Mapping):
-        return {name: placeless(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [placeless(one) for one in value]
-    kinds = (PurePosixPath, PureWindowsPath)
-    return next((kind(value).name for kind in kinds if isinstance(value, str) and kind(value).is_absolute()), value)
 
 
 def coded(meaning: str) -> CodedConcept:

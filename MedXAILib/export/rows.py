@@ -14,10 +14,10 @@ from MedXAILib.caption import Caption, Point
 from MedXAILib.concept_scores import ConceptScores
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import Explanation, SaliencyMap
-from MedXAILib.export.made_by import without_folders
 from MedXAILib.export.maps import maps
 from MedXAILib.grid import transform
 from MedXAILib.hotspots import HotSpot, find
+from MedXAILib.placeless import without_folders
 from MedXAILib.registry import EXPLAINERS
 from MedXAILib.report.localisation import peak
 from MedXAILib.rule_set import RuleSet

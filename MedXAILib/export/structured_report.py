@@ -12,6 +12,7 @@ from MedXAILib.explanation import Explanation, Provenance
 from MedXAILib.export import made_by
 from MedXAILib.export.series import Series
 from MedXAILib.hotspots import HotSpot
+from MedXAILib.placeless import without_folders
 from MedXAILib.report.page import RESEARCH_ONLY
 from MedXAILib.rule_set import RuleSet
 from MedXAILib.similar_cases import SimilarCases
@@ -93,7 +94,7 @@ def _scores(explanation: Explanation) -> Iterator[Any]:
 
 
 def _lines(explanation: Explanation) -> list[str]:
-    lines = [RESEARCH_ONLY, explanation.in_words, *map(made_by.without_folders, explanation.provenance.notes)]
+    lines = [RESEARCH_ONLY, explanation.in_words, *map(without_folders, explanation.provenance.notes)]
     if isinstance(explanation, RuleSet):
         lines += [rule.sentence for rule in explanation.rules]
     return lines

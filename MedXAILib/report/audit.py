@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -16,7 +15,7 @@ from MedXAILib.audit.outcome import Picture
 from MedXAILib.grid import corners, middle, transform
 from MedXAILib.report.methods import title
 from MedXAILib.report.montage import Look
-from MedXAILib.report.page import RESEARCH_ONLY, document, image, listed
+from MedXAILib.report.page import RESEARCH_ONLY, document, image, lamp, listed, origin
 from MedXAILib.trust.finding import Finding
 from MedXAILib.volume import Volume
 
@@ -67,12 +66,11 @@ def _verdict(audit: Audit) -> str:
 
 
 def _finding(found: Finding, table: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> str:
-    word, colour = WORDS[found.light]
-    lamp = f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
     column = escape(found.check.partition(":")[2])
     shown = "".join(_row(group, list(alike)) for group, alike in groupby(pictures, key=lambda one: one.group))
     numbers = _table(table) if len(table) <= _ROWS else ""
-    return f"<h2>{escape(found.title)} ({column})</h2><p>{lamp}: {escape(found.sentence)}</p>{numbers}{shown}"
+    said = f"<p>{lamp(*WORDS[found.light])}: {escape(found.sentence)}</p>"
+    return f"<h2>{escape(found.title)} ({column})</h2>{said}{numbers}{shown}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -121,14 +119,7 @@ def _behind(audit: Audit, made: Mapping[str, Any]) -> str:
         for found in audit.findings
         for name, value in found.values.items()
     )
-    comes = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
-        for name, value in made.items()
-    )
-    return (
-        f"<details><summary>The numbers behind it</summary><table>{numbers}</table></details>"
-        f"<details><summary>Where this comes from</summary><table>{comes}</table></details>"
-    )
+    return f"<details><summary>The numbers behind it</summary><table>{numbers}</table></details>{origin(made.items())}"
 
 
 # Pixels of a picture, and rows of a table that is shown.

@@ -18,11 +18,12 @@ from MedXAILib.cohort.plan import Plan, read_plan
 from MedXAILib.cohort.work import RESULTS, receipt
 from MedXAILib.errors import MedXAIError
 from MedXAILib.explanation import MANIFEST, Provenance, SaliencyMap
+from MedXAILib.placeless import placeless
 from MedXAILib.report.case import PAGE
 from MedXAILib.report.evaluation import reasons
 from MedXAILib.report.methods import question, title
 from MedXAILib.report.montage import montage
-from MedXAILib.report.page import RESEARCH_ONLY, document, image, listed
+from MedXAILib.report.page import RESEARCH_ONLY, document, image, listed, origin
 from MedXAILib.report.plot import ABOVE, BELOW, ROW, STYLE, Axis, beside, figure
 from MedXAILib.volume import load_volume
 
@@ -279,29 +280,17 @@ def _provenance(plan: Plan, receipts: Sequence[Mapping[str, Any]]) -> str:
     versions = {f"{name} {version}" for one in done for name, version in one.get("versions", {}).items()}
     columns, methods = dict.fromkeys(name for one in plan.subjects for name in one.meta), plan.methods.items()
     rows = {
-        "network": _shared(plan.model),
+        "network": placeless(plan.model),
         "fingerprint": plan.fingerprint,
         "seed": plan.seed,
-        **{f"method: {title(method)}": json.dumps({"id": method, **_shared(given)}) for method, given in methods},
+        **{f"method: {title(method)}": json.dumps({"id": method, **placeless(given)}) for method, given in methods},
         "cases": ", ".join(one.uid for one in plan.subjects),
         "known of cases": ", ".join(columns),
         "versions": ", ".join(sorted(versions)),
         "devices": ", ".join(sorted({str(one["device"]) for one in done})),
         "seconds of computing": f"{sum(one['seconds'] for one in done):.0f}",
     }
-    cells = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value != ""
-    )
-    return f"<details><summary>Where this comes from</summary><table>{cells}</table></details>"
-
-
-def _shared(said: Any) -> Any:
-    """What is planned, without the folders of who planned it."""
-    if isinstance(said, Mapping):
-        return {name: _shared(one) for name, one in said.items()}
-    if isinstance(said, (list, tuple)):
-        return [_shared(one) for one in said]
-    return Path(said).name if isinstance(said, str) and Path(said).is_absolute() else said
+    return origin((name, value) for name, value in rows.items() if value != "")
 
 
 _STYLE = """

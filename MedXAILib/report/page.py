@@ -26,7 +26,7 @@ from MedXAILib.report.montage import FAINTEST
 from MedXAILib.report.residuals import residual
 from MedXAILib.trust import agreement
 from MedXAILib.trust.card import CHECKS, TrustCard
-from MedXAILib.trust.finding import COLOURS, Finding
+from MedXAILib.trust.finding import COLOURS
 
 RESEARCH_ONLY = "For research only. Not for diagnosis or treatment."
 
@@ -120,7 +120,7 @@ def trusted(card: TrustCard | None) -> str:
         return ""
     items, rows = [], []
     for found in card.findings:
-        items.append(f"<li>{_lamp(found)}: {escape(found.title)} {escape(found.sentence)}</li>")
+        items.append(f"<li>{lamp(*COLOURS[found.light])}: {escape(found.title)} {escape(found.sentence)}</li>")
         for name, value in found.values.items():
             cells = f"<td>{escape(name)}</td><td class=number>{value:.3g}</td>"
             rows.append(f"<tr><th>{escape(found.check)}</th>{cells}</tr>")
@@ -131,8 +131,8 @@ def trusted(card: TrustCard | None) -> str:
     return f"<h2>How far can it be trusted?</h2>{lights}{listed(missing)}{numbers}"
 
 
-def _lamp(found: Finding) -> str:
-    word, colour = COLOURS[found.light]
+def lamp(word: str, colour: str) -> str:
+    """A light in its colour, and what it is called."""
     return f'<span style="color:{colour}" aria-hidden=true>●</span> <strong>{word}</strong>'
 
 
@@ -179,7 +179,7 @@ def _others(shown: Shown, others: Sequence[Shown]) -> str:
     if not others:
         return ""
     found = agreement.judge([one.explanation for one in (shown, *others)])
-    agree = f"<ul class=lights><li>{_lamp(found)}: {escape(found.sentence)}</li></ul>"
+    agree = f"<ul class=lights><li>{lamp(*COLOURS[found.light])}: {escape(found.sentence)}</li></ul>"
     parts = [f"<h2>The same question, asked in other ways</h2>{agree}"]
     for other in others:
         method = other.explanation.provenance.method
@@ -192,15 +192,18 @@ def _others(shown: Shown, others: Sequence[Shown]) -> str:
 
 def provenance(explanation: Explanation) -> str:
     """Where an explanation comes from, behind a fold."""
-    rows = []
+    rows: list[tuple[str, object]] = []
     for name, value in explanation.provenance.model_dump(mode="json").items():
         if isinstance(value, dict):
             rows += [(f"{name}: {key}", item) for key, item in value.items()]
         elif name != "notes":
             rows.append((name, value))
-    cells = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(_plain(v))}</td></tr>" for name, v in rows
-    )
+    return origin((name.replace("_", " "), value) for name, value in rows)
+
+
+def origin(rows: Iterable[tuple[str, object]]) -> str:
+    """Where what is on a page comes from, behind a fold."""
+    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_plain(value))}</td></tr>" for name, value in rows)
     return f"<details><summary>Where this comes from</summary><table>{cells}</table></details>"
 
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 
+from MedXAILib import bundle
 from MedXAILib.engines.concept_vectors import Scan
 from MedXAILib.errors import MedXAIError, unknown
 from MedXAILib.grid import resample, transform
@@ -166,7 +167,7 @@ ExampleSource = Annotated[
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, or of the names and contents of all that is in a folder."""
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return bundle.sha256(path)
     digest = hashlib.sha256()
     # By name: paths are in another order on Windows.
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
